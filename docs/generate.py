@@ -1,0 +1,79 @@
+"""Writes the parts of the documentation that the code already says: `python -m docs.generate`.
+
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`; everything else in a page is left alone.
+tests/docs/test_generate.py fails while a page is behind the code.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.metrics import METRICS
+from server.settings import ENVIRONMENT_PREFIX, GROUPS, ServeSettings, flag_name
+
+DOCS = Path(__file__).parent
+PART = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def flags() -> str:
+    """Every setting of `blockserve serve`, one table a group."""
+    sections = []
+    for group in GROUPS:
+        rows = [
+            (
+                f"`{flag_name(name)} {extra['metavar']}`".replace(" `", "`"),
+                f"`{ENVIRONMENT_PREFIX}{name.upper()}`",
+                str(extra.get("shown") or _plain(field.default)),
+                f"{field.description}",
+            )
+            for name, field in ServeSettings.model_fields.items()
+            if (extra := _extra(field.json_schema_extra))["group"] == group
+        ]
+        sections.append(f"### {group}\n\n" + _table(("flag", "variable", "default", "meaning"), rows))
+    return "\n".join(sections)
+
+
+def metrics() -> str:
+    """Every metric, by name."""
+    rows = [
+        (f"`{metric.name}`", metric.kind, ", ".join(f"`{label}`" for label in metric.labels), metric.help)
+        for _, metric in sorted(METRICS.items())
+    ]
+    return _table(("name", "type", "labels", "meaning"), rows)
+
+
+PARTS: dict[str, Callable[[], str]] = {"flags": flags, "metrics": metrics}
+
+
+def renew(page: str) -> str:
+    """The page's text with its generated parts as the code has them now. Raises KeyError for a part of unknown name."""
+    return PART.sub(lambda match: f"{match[1]}\n{PARTS[match['name']]()}\n{match[3]}", page)
+
+
+def main() -> None:
+    """Rewrite the pages that are behind the code."""
+    for path in sorted(DOCS.glob("*.md")):
+        before = path.read_text(encoding="utf-8")
+        after = renew(before)
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+            print(f"renewed docs/{path.name}")
+
+
+def _extra(value: Any) -> dict[str, Any]:
+    assert isinstance(value, dict), "a setting is declared without its group"
+    return value
+
+
+def _plain(value: object) -> str:
+    return f"`{value}`"
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

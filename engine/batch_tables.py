@@ -1,0 +1,113 @@
+"""Device tensors that describe the running rows, addressed by row.
+
+A decode step reads `row_index` into these tables, so rows are never moved. Row `max_rows` is reserved for padding: its
+page table is all null page and its position stays 0.
+"""
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.sequence import Sequence
+from engine.staging import Staging
+from kernels.sampler import SamplingTables
+
+
+class BatchTables:
+    """State of every row on the device; `bind` and `set_pages` are the only writes from the host.
+
+    position [rows]: the block decoder position of the row's next decode. last_block [rows, L]: the tokens it embeds
+    there. generated [rows]: tokens sampled so far. forced_tokens [rows, L], forced_length [rows]: how the next block
+    begins.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        max_pages: int,
+        block_length: int,
+        eos_token_id: int,
+        max_suppressed: int,
+        staging: Staging,
+    ) -> None:
+        rows = max_rows + 1
+        self.device = device = staging.device
+        self._upload = staging.upload
+        self.padding_row = max_rows
+        self._block_length = block_length
+        self._eos_token_id = eos_token_id
+        self._max_suppressed = max_suppressed
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.page_table = zeros(rows, max_pages)
+        self.position = zeros(rows)
+        self.last_block = zeros(rows, block_length)
+        self.generated = zeros(rows)
+        self.forced_tokens = zeros(rows, block_length)
+        self.forced_length = zeros(rows)
+        self.sampling = SamplingTables(
+            temperature=zeros(rows, dtype=torch.float32),
+            top_k=zeros(rows),
+            top_p=torch.ones(rows, dtype=torch.float32, device=device),
+            min_p=zeros(rows, dtype=torch.float32),
+            seed=zeros(rows, dtype=torch.int64),
+            suppress_until=zeros(rows),
+            suppressed_ids=torch.full((rows, max_suppressed), -1, dtype=torch.int32, device=device),
+        )
+
+    def bind(self, sequences: Seq[Sequence]) -> None:
+        """Write the state of sequences that got their rows. They decode first at the position of their last block."""
+        if not sequences:
+            return
+        length = self._block_length
+        rows = self._upload([sequence.bound_row for sequence in sequences], np.int64)
+        forced = np.zeros((len(sequences), length), np.int32)
+        suppressed = np.full((len(sequences), self._max_suppressed), -1, np.int32)
+        for place, sequence in enumerate(sequences):
+            forced[place, : len(sequence.forced)] = sequence.forced
+            ids = self._suppressed_ids(sequence)
+            suppressed[place, : len(ids)] = ids
+        params = [sequence.request.params for sequence in sequences]
+        self.position[rows] = self._upload([len(s.tokens) // length - 1 for s in sequences], np.int32)
+        self.last_block[rows] = self._upload([s.tokens[-length:] for s in sequences], np.int32)
+        self.generated[rows] = self._upload([s.generated for s in sequences], np.int32)
+        self.forced_tokens[rows] = self._upload(forced, np.int32)
+        self.forced_length[rows] = self._upload([len(s.forced) for s in sequences], np.int32)
+        self.page_table[rows] = 0
+        sampling = self.sampling
+        sampling.temperature[rows] = self._upload([p.temperature for p in params], np.float32)
+        sampling.top_k[rows] = self._upload([p.top_k for p in params], np.int32)
+        sampling.top_p[rows] = self._upload([p.top_p for p in params], np.float32)
+        sampling.min_p[rows] = self._upload([p.min_p for p in params], np.float32)
+        sampling.seed[rows] = self._upload([p.seed for p in params], np.int64)
+        sampling.suppress_until[rows] = self._upload([p.min_tokens for p in params], np.int32)
+        sampling.suppressed_ids[rows] = self._upload(suppressed, np.int32)
+
+    def set_pages(self, entries: Seq[tuple[int, int, int]]) -> None:
+        """Write page table entries (row, index, page)."""
+        if entries:
+            rows, indices, pages = np.array(entries, np.int64).T
+            self.page_table[self._upload(rows, np.int64), self._upload(indices, np.int64)] = self._upload(
+                pages, np.int32
+            )
+
+    def advance(self, row_index: Tensor, tokens: Tensor) -> None:
+        """After a decode step: rows `row_index` [R] have written `tokens` [R, L]. No host synchronisation."""
+        index = row_index.long()
+        self.last_block[index] = tokens.to(torch.int32)
+        self.position[index] += 1
+        self.generated[index] += self._block_length - self.forced_length[index]
+        self.forced_length[index] = 0
+        self.position[self.padding_row] = 0
+
+    def _suppressed_ids(self, sequence: Sequence) -> tuple[int, ...]:
+        params = sequence.request.params
+        if not params.min_tokens:
+            return ()
+        ids = params.stop_token_ids if params.ignore_eos else (self._eos_token_id, *params.stop_token_ids)
+        return tuple(dict.fromkeys(ids))

@@ -1,0 +1,194 @@
+"""The engine core: requests in, deltas out, one step at a time. Driven by the engine process and by the offline API."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.alignment import align_prompt
+from engine.batch_tables import BatchTables
+from engine.config import EngineConfig, ModelConfig
+from engine.decode_step import DecodeStep
+from engine.graphs import DecodeGraphs
+from engine.kv_cache import KVCache, KVLayout, free_memory, plan_pages
+from engine.model.block_transformer import BlockTransformer
+from engine.page_pool import PagePool
+from engine.runner import Runner, StepInFlight
+from engine.scheduler import Scheduler, StepPlan
+from engine.sequence import Sequence, SequenceState
+from engine.staging import Staging
+from engine.types import MAX_STOP_TOKEN_IDS, Delta, EngineInfo, EngineLoad, GenerationRequest, InvalidRequestError
+from engine.validation import validate_priority, validate_request
+from engine.weights import expected_shapes, load_weights, random_weights
+from kernels.dispatch import Kernels, select_kernels
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a committed step did: (sequence, delta) for every request it gave something to, and the call's cost."""
+
+    deltas: list[tuple[Sequence, Delta]]
+    rows: int
+    """Rows that decoded."""
+    seconds: float
+
+
+class EngineCore:
+    """One model on one device, with its scheduler and caches. Not thread-safe: one caller, one step at a time."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        config: EngineConfig,
+        model: BlockTransformer,
+        kernels: Kernels,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Allocates the caches. Raises ConfigError if not one request of maximum length fits."""
+        self._clock = clock
+        self._config = config
+        self._model_config = model.config
+        device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+        layout = KVLayout.of(model.config.block_decoder, config.page_size, dtype)
+        cache = KVCache.allocate(layout, plan_pages(layout, model.config, config, free_memory(device)), device)
+        self._pool = PagePool(cache.pages)
+        self._scheduler = Scheduler(
+            pool=self._pool,
+            max_rows=config.max_rows,
+            max_waiting=config.max_waiting,
+            page_size=config.page_size,
+            max_step_positions=config.max_step_positions,
+            block_length=model.config.block_length,
+            eos_token_id=model.config.eos_token_id,
+        )
+        self._runner = _runner(config, model, kernels, cache)
+        self._in_flight: tuple[StepPlan, StepInFlight] | None = None
+        self.info = EngineInfo(
+            model=name,
+            vocab_size=model.config.vocab_size,
+            block_length=model.config.block_length,
+            max_length=model.config.max_length,
+            eos_token_id=model.config.eos_token_id,
+            device=_device_name(device),
+            dtype=config.dtype,
+            max_rows=config.max_rows,
+            pages=cache.pages,
+            page_size=config.page_size,
+            kv_bytes=(cache.pages + 1) * layout.page_bytes,
+            parameters=sum(math.prod(shape) for shape in expected_shapes(model.config).values()),
+        )
+
+    @classmethod
+    def load(cls, name: str, directory: Path, config: EngineConfig, random_seed: int | None = None) -> "EngineCore":
+        """The model of a directory, with its weights or, for benchmarks, random ones. Raises ConfigError."""
+        model_config = ModelConfig.load(directory)
+        device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+        if random_seed is None:
+            tensors = load_weights(directory, model_config, dtype, device)
+        else:
+            tensors = random_weights(model_config, dtype, device, random_seed)
+        kernels = select_kernels(device)
+        model = BlockTransformer(model_config, tensors, kernels)
+        return cls(name=name, config=config, model=model, kernels=kernels)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self._scheduler.has_work
+
+    @property
+    def load_now(self) -> EngineLoad:
+        """How busy the engine is."""
+        return EngineLoad(running=self._scheduler.running, waiting=self._scheduler.waiting, pages_used=self._pool.used)
+
+    @property
+    def preemptions(self) -> int:
+        """Requests that lost their row and were queued again, in all."""
+        return self._scheduler.preemptions
+
+    @property
+    def step_in_flight(self) -> bool:
+        """Whether a step was launched that is not committed yet. Never between the calls of a synchronous engine."""
+        return self._in_flight is not None
+
+    def add(self, group: Seq[tuple[Hashable, GenerationRequest]]) -> None:
+        """Take all requests of the group, each under its key, or none.
+
+        Raises InvalidRequestError (checked again here, whatever the front end did) or QueueFullError.
+        """
+        now = self._clock()
+        sequences = [self._sequence(key, request, now) for key, request in group]
+        self._scheduler.add(sequences)
+
+    def abort(self, key: Hashable) -> bool:
+        """Forget a request at any moment; False if it is not known (any more)."""
+        return self._scheduler.abort(key)
+
+    def state_of(self, key: Hashable) -> SequenceState | None:
+        """Where an unfinished request is; None if it is not known (any more)."""
+        return self._scheduler.state_of(key)
+
+    def step(self) -> StepReport | None:
+        """Launch the next step and commit one; None if none was committed.
+
+        Synchronous, a step is committed by the call that launched it. Overlapped, it is committed by the next call,
+        which launches its successor first: the host plans and commits while the device computes.
+        """
+        started = self._clock()
+        plan = self._scheduler.schedule(started)
+        launched = None if plan is None else (plan, self._runner.launch(plan))
+        if self._config.overlapped:
+            launched, self._in_flight = self._in_flight, launched
+        if launched is None:
+            return None
+        plan, step = launched
+        result = step.wait()
+        now = self._clock()
+        deltas = self._scheduler.commit(plan, result.tokens, result.finite, now)
+        return StepReport(deltas, len(plan.decode), now - started)
+
+    def check_integrity(self) -> None:
+        """AssertionError if rows, pages or states do not add up."""
+        self._scheduler.check_integrity()
+
+    def _sequence(self, key: Hashable, request: GenerationRequest, now: float) -> Sequence:
+        model = self._model_config
+        validate_priority(request.priority)
+        validate_request(
+            request.prompt_token_ids, request.params, vocab_size=model.vocab_size, max_length=model.max_length
+        )
+        if request.params.seed is None:
+            raise InvalidRequestError("seed", "seed is missing: whoever submits a request to an engine draws one")
+        prompt = align_prompt(
+            request.prompt_token_ids, model.block_length, model.prompt_alignment, model.embedder.pad_token_id
+        )
+        return Sequence(key=key, request=request, prompt=prompt, arrival=now, block_length=model.block_length)
+
+
+def _runner(config: EngineConfig, model: BlockTransformer, kernels: Kernels, cache: KVCache) -> Runner:
+    device = torch.device(config.device)
+    staging = Staging(device)
+    tables = BatchTables(
+        max_rows=config.max_rows,
+        max_pages=-(-model.config.max_positions // config.page_size),
+        block_length=model.config.block_length,
+        eos_token_id=model.config.eos_token_id,
+        max_suppressed=MAX_STOP_TOKEN_IDS + 1,
+        staging=staging,
+    )
+    decode = DecodeStep(model, kernels, cache, tables, config.max_rows)
+    use_graphs = device.type == "cuda" and config.cuda_graphs
+    graphs = DecodeGraphs(decode, tables, staging, config.max_rows) if use_graphs else None
+    return Runner(model=model, decode=decode, graphs=graphs, cache=cache, tables=tables, staging=staging)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,68 @@
+"""CUDA graphs of the decode step, one for each bucket of rows, captured when first needed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch_tables import BatchTables
+from engine.decode_step import DecodeStep
+from engine.staging import Staging
+
+WARM_UP_RUNS = 2
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    row_index: Tensor
+    tokens: Tensor
+    finite: Tensor
+
+
+def bucket_of(rows: int, max_rows: int) -> int:
+    """Rows that a graph for `rows` rows holds: eight, ten, twelve, fourteen, sixteen, and so on, four steps a doubling.
+
+    A row of padding costs what a row costs, and a graph costs memory and time at its first use: less than a quarter of
+    a batch is padding, and 4096 rows need 44 graphs at the most.
+    """
+    step = max(1, (1 << (rows - 1).bit_length()) // 8)
+    return min(-(-rows // step) * step, max_rows)
+
+
+class DecodeGraphs:
+    """Replays the decode step; every graph uses one pool of memory, since only one runs at a time."""
+
+    def __init__(self, step: DecodeStep, tables: BatchTables, staging: Staging, max_rows: int) -> None:
+        self._step = step
+        self._tables = tables
+        self._staging = staging
+        self._max_rows = max_rows
+        self._pool = torch.cuda.graph_pool_handle()
+        self._captured: dict[int, _Captured] = {}
+
+    def run(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """As `DecodeStep.run`, for the rows of the list; what is returned is overwritten by the next run."""
+        bucket = bucket_of(len(rows), self._max_rows)
+        captured = self._captured.get(bucket)
+        if captured is None:
+            captured = self._captured[bucket] = self._capture(bucket)
+        padding = [self._tables.padding_row] * (bucket - len(rows))
+        captured.row_index.copy_(self._staging.upload(rows + padding, np.int32))
+        captured.graph.replay()
+        return captured.tokens[: len(rows)], captured.finite[: len(rows)]
+
+    def _capture(self, bucket: int) -> _Captured:
+        # Only the padding row is written while warming up (which compiles kernels) and while capturing.
+        row_index = torch.full((bucket,), self._tables.padding_row, dtype=torch.int32, device=self._tables.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_RUNS):
+                self._step.run(row_index)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            tokens, finite = self._step.run(row_index)
+        return _Captured(graph, row_index, tokens, finite)

@@ -1,0 +1,91 @@
+"""The block decoder: a causal transformer over block embeddings, its keys and values in pages (paper section 2.2)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.model.layers import LayerStack
+from kernels.dispatch import Kernels
+from kernels.rotary import rotary_table
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One new position for each of R rows. slot = page * page_size + offset of the position in its page."""
+
+    row_index: Tensor
+    """[R] int32 into the page table."""
+    positions: Tensor
+    """[R] int32; the position attends to itself and all before it."""
+    slots: Tensor
+    """[R] int64."""
+    page_table: Tensor
+    """[rows, max_pages] int32."""
+
+
+@dataclass(frozen=True)
+class PrefillBatch:
+    """Chunks of consecutive prompt positions, N in all, laid one behind the other."""
+
+    positions: Tensor
+    """[N] int32."""
+    slots: Tensor
+    """[N] int64."""
+    page_table: Tensor
+    """[rows, max_pages] int32."""
+    chunk_rows: Tensor
+    """[C] int32 into the page table."""
+    chunk_offsets: Tensor
+    """[C + 1] int32: chunk c is entries chunk_offsets[c]:chunk_offsets[c+1]."""
+    chunk_positions: Tensor
+    """[C] int32: the chunk's first position."""
+
+
+class BlockDecoder:
+    """Reads and writes a paged cache: `keys` and `values`, [layers, pages, heads, page_size, D] each."""
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], kernels: Kernels) -> None:
+        decoder = config.block_decoder
+        self._kernels = kernels
+        self._stack = LayerStack(decoder, tensors, "block_decoder.gpt_neox", kernels)
+        self._scale = decoder.head_size**-0.5
+        device = self._stack.final_norm.weight.device
+        self._rotary = rotary_table(config.max_positions, decoder.rotary_dims, decoder.rotary_base, device)
+
+    def decode(self, x: Tensor, batch: DecodeBatch, keys: Tensor, values: Tensor) -> Tensor:
+        """Block embeddings x [R, H], one a row -> context embeddings [R, H]. Stores the positions' keys and values."""
+        context_lengths = batch.positions + 1
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            query = self._kernels.rotary_paged_write(
+                qkv, batch.positions, batch.slots, self._rotary, keys[layer], values[layer]
+            )
+            return self._kernels.paged_decode_attention(
+                query, keys[layer], values[layer], batch.page_table, batch.row_index, context_lengths, self._scale
+            ).flatten(1)
+
+        return self._stack.forward(x, attend)
+
+    def prefill(self, x: Tensor, batch: PrefillBatch, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values for the block embeddings x [N, H] of prompt chunks."""
+
+        def write(layer: int, qkv: Tensor) -> Tensor:
+            return self._kernels.rotary_paged_write(
+                qkv, batch.positions, batch.slots, self._rotary, keys[layer], values[layer]
+            )
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            return self._kernels.paged_prefill_attention(
+                write(layer, qkv),
+                keys[layer],
+                values[layer],
+                batch.page_table,
+                batch.chunk_rows,
+                batch.chunk_offsets,
+                batch.chunk_positions,
+                self._scale,
+            ).flatten(1)
+
+        self._stack.project_only(x, attend, write)

@@ -1,0 +1,94 @@
+"""The token decoder: writes a block, token by token, from its context embedding (paper section 2.3)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.model.layers import LayerStack, Linear
+from kernels.dispatch import Kernels
+from kernels.rotary import rotary_table
+
+Choose = Callable[[Tensor, int], Tensor]
+"""(logits [R, V], place in the block) -> tokens [R]."""
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Keys and values of blocks being written, [layers, rows, heads, positions, D] each; every step overwrites them."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class TokenDecoder:
+    """A small causal transformer that sees a context embedding and the tokens of one block, nothing else."""
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], kernels: Kernels) -> None:
+        decoder = config.token_decoder
+        self._config = config
+        self._kernels = kernels
+        self._stack = LayerStack(decoder, tensors, "token_decoder.gpt_neox", kernels)
+        self._table = tensors["token_decoder.gpt_neox.embed_in.weight"]
+        self._expansion = Linear.of(tensors, "token_decoder.expansion_layer")
+        self._head = Linear.of(tensors, "token_decoder.embed_out")
+        self._scale = decoder.head_size**-0.5
+        self._rotary = rotary_table(
+            config.token_decoder_positions, decoder.rotary_dims, decoder.rotary_base, self._table.device
+        )
+
+    def new_scratch(self, rows: int) -> Scratch:
+        """A scratch cache for `rows` rows."""
+        decoder = self._config.token_decoder
+        shape = (decoder.num_layers, rows, decoder.num_heads, self._config.token_decoder_positions, decoder.head_size)
+        return Scratch(self._table.new_zeros(shape), self._table.new_zeros(shape))
+
+    def write_block(self, context: Tensor, scratch: Scratch, choose: Choose) -> Tensor:
+        """Write one block for each context embedding of `context` [R, H]; the scratch has R rows at least.
+
+        `choose` takes the logits of each place in turn, and what it returns is fed back. Returns the tokens [R, L].
+        """
+        expanded = self._stack.linear(context, self._expansion).view(
+            context.shape[0], self._config.expanded_vectors, -1
+        )
+        write = self._write_summed if self._config.token_decoder.strategy == "summation" else self._write_behind_prefix
+        return torch.stack(write(expanded, scratch, choose), dim=1)
+
+    def _write_behind_prefix(self, expanded: Tensor, scratch: Scratch, choose: Choose) -> list[Tensor]:
+        """The expanded context [R, prefix, h] goes in front of the tokens; its last position predicts the first."""
+        prefix_length = expanded.shape[1]
+        hidden = self._positions(expanded, 0, scratch)[:, -1]
+        tokens = [choose(self._logits(hidden), 0)]
+        for place in range(1, self._config.block_length):
+            embedded = F.embedding(tokens[-1], self._table)[:, None]
+            hidden = self._positions(embedded, prefix_length + place - 1, scratch)[:, 0]
+            tokens.append(choose(self._logits(hidden), place))
+        return tokens
+
+    def _write_summed(self, expanded: Tensor, scratch: Scratch, choose: Choose) -> list[Tensor]:
+        """Place j takes its vector of the expanded context [R, L, h] plus the token before, at first end-of-text."""
+        tokens: list[Tensor] = []
+        for place in range(self._config.block_length):
+            before = F.embedding(tokens[-1], self._table) if tokens else self._table[self._config.eos_token_id]
+            hidden = self._positions((expanded[:, place] + before)[:, None], place, scratch)[:, 0]
+            tokens.append(choose(self._logits(hidden), place))
+        return tokens
+
+    def _positions(self, x: Tensor, first_position: int, scratch: Scratch) -> Tensor:
+        """Run positions first_position.. of every row: x [R, S, h] -> [R, S, h] behind the final norm."""
+        rows, length, width = x.shape
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            keys, values = scratch.keys[layer], scratch.values[layer]
+            query = self._kernels.rotary_scratch_write(
+                qkv.view(rows, length, -1), first_position, self._rotary, keys, values
+            )
+            return self._kernels.local_attention(query, keys, values, first_position, self._scale).reshape(-1, width)
+
+        return self._stack.forward(x.reshape(-1, width), attend).view(rows, length, width)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._stack.linear(hidden, self._head)

@@ -1,0 +1,57 @@
+"""Where a model's files are: the embedded default, a directory, or a model id of the Hugging Face hub. Torch-free."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from engine.config import ConfigError
+
+DEFAULT_MODEL = "blockserve-stories"
+"""The name of the embedded model."""
+
+_PATTERNS = ["*.json", "*.safetensors"]
+
+
+def embedded_model_directory() -> Path:
+    """The directory of the model that comes with the package."""
+    return Path(__file__).parent / "default_model"
+
+
+def find_model(model: str | None) -> Path:
+    """The directory that holds `model`: None or its name for the embedded one, a path, or a hub id ("owner/name").
+
+    Only a hub id may reach the network; what was downloaded before is found without it. Raises ConfigError.
+    """
+    if model is None or model == DEFAULT_MODEL:
+        return embedded_model_directory()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise ConfigError(f"model: {model} is a file; name the directory that holds config.json and the weights")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ConfigError(f"model: there is no directory {model}")
+    return _download(model)
+
+
+def model_name(model: str | None) -> str:
+    """The name that clients see unless an operator chooses another: the directory's name, or the hub id."""
+    if model is None:
+        return DEFAULT_MODEL
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
+
+
+def _download(model: str) -> Path:
+    try:
+        return Path(snapshot_download(model, allow_patterns=_PATTERNS, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    try:
+        return Path(snapshot_download(model, allow_patterns=_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"model: there is no directory {model}, and it could not be fetched from the Hugging Face hub: {reason}"
+        ) from None

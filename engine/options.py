@@ -1,0 +1,47 @@
+"""What an operator leaves open ("auto"), decided from the device and the model."""
+
+import msgspec
+import torch
+
+from engine.config import ConfigError, EngineConfig, ModelConfig
+from engine.process_config import EngineOptions
+
+DEFAULT_ROWS = {"cpu": 64, "cuda": 1024}
+DEFAULT_STEP_POSITIONS = {"cpu": 512, "cuda": 16384}
+
+
+def resolve_options(options: EngineOptions, model: ModelConfig) -> EngineConfig:
+    """The engine's settings, with what was left open filled in. Raises ConfigError naming the option at fault."""
+    device = resolve_device(options.device)
+    values = {name: value for name, value in msgspec.structs.asdict(options).items() if value is not None}
+    values["device"] = str(device)
+    # A CPU computes fastest, and exactly as the tests prove it, in float32.
+    values.setdefault("dtype", "float32" if device.type == "cpu" else model.dtype)
+    rows = values.setdefault("max_rows", DEFAULT_ROWS[device.type])
+    values.setdefault("max_step_positions", max(DEFAULT_STEP_POSITIONS[device.type], 2 * rows))
+    # On the CPU a step is done when it is launched: there is nothing to overlap, and tokens would come a step late.
+    values.setdefault("overlapped", device.type != "cpu")
+    return EngineConfig.create(**values)
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device called `name` (None: CUDA where there is one). Raises ConfigError if it is not there."""
+    if name is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f'device: "{name}" is none of auto, cpu, cuda, cuda:N') from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ConfigError(f'device: "{name}" is none of auto, cpu, cuda, cuda:N')
+    if not torch.cuda.is_available():
+        built = "finds none" if torch.version.cuda else "is a build without CUDA"
+        raise ConfigError(f"device: {name} is not there: this torch ({torch.__version__}) {built}")
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: {name} is not there: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0"
+        )
+    return torch.device("cuda", index)

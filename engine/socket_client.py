@@ -1,0 +1,212 @@
+"""The front end's connection to the engine processes. Torch-free; asyncio."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from engine.client import EngineRejectedError, EngineUnavailableError
+from engine.messages import (
+    Abort,
+    Accepted,
+    Deltas,
+    EngineHello,
+    FromEngine,
+    ProtocolError,
+    Rejected,
+    Submit,
+    ToEngine,
+    encode_frame,
+    from_engine_reader,
+)
+from engine.router import choose_engine
+from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest
+
+log = logging.getLogger(__name__)
+
+RECONNECT_SECONDS = 0.05
+READ_BYTES = 1 << 18
+
+
+class SocketAnswers:
+    """The open answers of one accepted group."""
+
+    def __init__(self, connection: "_Connection", request_ids: Sequence[int]) -> None:
+        self._connection = connection
+        self._open = set(request_ids)
+        self._arrived: asyncio.Queue[list[Delta] | EngineUnavailableError] = asyncio.Queue()
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """What the engine delivers, step by step. Raises EngineUnavailableError if the engine dies first."""
+        while self._open:
+            item = await self._arrived.get()
+            if isinstance(item, EngineUnavailableError):
+                raise item
+            item = [delta for delta in item if delta.request_id in self._open]
+            self._open.difference_update(delta.request_id for delta in item if delta.finish_reason is not None)
+            if item:
+                yield item
+
+    def abort(self, request_ids: Sequence[int] | None = None) -> None:
+        """Tell the engine to forget these requests (None: all that are open). Their deltas stop at once."""
+        gone = self._open & set(request_ids) if request_ids is not None else set(self._open)
+        self._open -= gone
+        if gone:
+            self._connection.abort(gone)
+            # Wakes a reader whose last answers were aborted while it waited.
+            self._arrived.put_nowait([])
+
+    def deliver(self, item: list[Delta] | EngineUnavailableError) -> None:
+        """Called by the connection."""
+        self._arrived.put_nowait(item)
+
+
+class _Connection:
+    """One engine process, seen from this process; reconnects for ever."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer: asyncio.StreamWriter | None = None
+        self._answers: dict[int, SocketAnswers] = {}
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+        self.up = False
+        self.info: EngineInfo | None = None
+        self.load = EngineLoad()
+
+    async def run(self) -> None:
+        """Connect, read until the engine is gone, and again."""
+        while True:
+            try:
+                reader, self._writer = await asyncio.open_unix_connection(str(self._path))
+            except OSError:
+                await asyncio.sleep(RECONNECT_SECONDS)
+                continue
+            try:
+                await self._read(reader)
+            except (OSError, ProtocolError) as error:
+                log.error("the connection to an engine broke: %s", error)
+            finally:
+                self._lost()
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def submit(self, group_id: int, requests: Sequence[GenerationRequest]) -> SocketAnswers:
+        answers = SocketAnswers(self, [request.request_id for request in requests])
+        accepted = self._waiting[group_id] = asyncio.get_running_loop().create_future()
+        self._answers.update((request.request_id, answers) for request in requests)
+        self._send(Submit(group_id=group_id, requests=list(requests)))
+        try:
+            await accepted
+        except BaseException:
+            # Rejected, or the caller was cancelled: then the engine may own the group already, or be about to.
+            answers.abort()
+            raise
+        finally:
+            self._waiting.pop(group_id, None)
+        return answers
+
+    def abort(self, request_ids: set[int]) -> None:
+        for request_id in request_ids:
+            self._answers.pop(request_id, None)
+        self._send(Abort(request_ids=sorted(request_ids)))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        frames = from_engine_reader()
+        while data := await reader.read(READ_BYTES):
+            for message in frames.feed(data):
+                self._handle(message)
+
+    def _handle(self, message: FromEngine) -> None:
+        match message:
+            case EngineHello():
+                self.info, self.up = message.info, True
+            case Accepted():
+                self._settle(message.group_id, None)
+            case Rejected():
+                self._settle(message.group_id, EngineRejectedError(message.code, message.message, message.param))
+            case Deltas():
+                self.load = message.load
+                self._deliver(message.deltas)
+
+    def _settle(self, group_id: int, error: Exception | None) -> None:
+        accepted = self._waiting.pop(group_id, None)
+        if accepted is None or accepted.done():
+            return
+        if error is None:
+            accepted.set_result(None)
+        else:
+            accepted.set_exception(error)
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        by_group: dict[SocketAnswers, list[Delta]] = {}
+        for delta in deltas:
+            answers = self._answers.get(delta.request_id)
+            if answers is None:
+                continue
+            by_group.setdefault(answers, []).append(delta)
+            if delta.finish_reason is not None:
+                del self._answers[delta.request_id]
+        for answers, own in by_group.items():
+            answers.deliver(own)
+
+    def _send(self, message: ToEngine) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(encode_frame(message))
+
+    def _lost(self) -> None:
+        self.up = False
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+        error = EngineUnavailableError("the engine that served this request has stopped; try again")
+        waiting, self._waiting = self._waiting, {}
+        for accepted in waiting.values():
+            if not accepted.done():
+                accepted.set_exception(error)
+        open_answers, self._answers = set(self._answers.values()), {}
+        for answers in open_answers:
+            answers.deliver(error)
+        self.load = EngineLoad()
+
+
+class SocketEngineClient:
+    """The `EngineClient` of an API process: one connection to each engine process."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._connections = [_Connection(path) for path in paths]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._request_ids = itertools.count()
+        self._group_ids = itertools.count()
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """What is served; None until the first engine has said so. Kept while engines restart."""
+        return next((c.info for c in self._connections if c.info is not None), None)
+
+    def start(self) -> None:
+        """Begin to connect. Needs a running event loop."""
+        self._tasks = [asyncio.create_task(connection.run()) for connection in self._connections]
+
+    async def close(self) -> None:
+        """Disconnect; the engines abort what is open."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    def next_request_id(self) -> int:
+        """An id that no other request of this process has."""
+        return next(self._request_ids)
+
+    async def submit(self, requests: Sequence[GenerationRequest]) -> SocketAnswers:
+        """Hand a group to an engine, which takes all of it or nothing.
+
+        Raises EngineRejectedError with the engine's reason, or EngineUnavailableError if no engine is up.
+        """
+        up = [connection for connection in self._connections if connection.up]
+        if not up:
+            raise EngineUnavailableError("no engine is ready to take requests; try again in a moment")
+        connection = up[choose_engine([c.load for c in up])]
+        return await connection.submit(next(self._group_ids), requests)

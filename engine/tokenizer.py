@@ -1,0 +1,99 @@
+"""Text to token ids and back, over the tokenizers library. Torch-free."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from engine.detokenizer import ByteLevelDecoder, IncrementalDecoder, StreamDecoder, byte_level_table
+from engine.token_bounds import longest_token_bytes
+from engine.types import InvalidRequestError
+
+
+class TokenizerError(ValueError):
+    """A model directory without a usable tokenizer. The message names the file at fault and what to do."""
+
+
+class Tokenizer:
+    """A model's tokenizer. Immutable, so any number of answers may share one."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, eos_token: str | None = None) -> None:
+        """Serve `tokenizer`, whose end-of-text token reads `eos_token`. Raises TokenizerError if it has none such."""
+        # A file may carry the truncation and padding of its training: prompts would be cut or filled silently.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._token_bytes = byte_level_table(tokenizer)
+        self._longest_bytes = longest_token_bytes(tokenizer)
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        """Token ids are below this. A model's own vocabulary may be larger: the rest decodes to nothing."""
+        self.eos_token = eos_token
+        self.eos_token_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
+        """None where the tokenizer does not say which token ends a text."""
+        if eos_token is not None and self.eos_token_id is None:
+            raise TokenizerError(
+                f"tokenizer_config.json: eos_token {eos_token!r} is not in the vocabulary of tokenizer.json"
+            )
+
+    @classmethod
+    def load(cls, directory: Path) -> "Tokenizer":
+        """Read tokenizer.json of a model directory, and tokenizer_config.json if it is there. Raises TokenizerError."""
+        path = directory / "tokenizer.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise TokenizerError(
+                f"{path} is missing; copy the tokenizer.json that the model was trained with there"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"cannot read {path}: {error}") from None
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # noqa: BLE001 - the library raises nothing more specific
+            raise TokenizerError(f"{path} is not a tokenizer of the tokenizers library: {error}") from None
+        return cls(tokenizer, _eos_token(directory / "tokenizer_config.json"))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, nothing added. Text that spells a special token is that token.
+
+        Raises InvalidRequestError for text that is not Unicode (unpaired surrogates).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                "prompt", f"the prompt is not valid Unicode: unpaired surrogate at character {error.start}"
+            ) from None
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that the text certainly has, known at once: a far too long one need not be encoded."""
+        if self._longest_bytes is None:
+            return 0
+        return -(-len(text.encode("utf-8", "surrogatepass")) // self._longest_bytes)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of all these ids at once. Ids outside the vocabulary stand for nothing."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def new_decoder(self) -> IncrementalDecoder:
+        """Decodes one answer as it comes, special tokens skipped."""
+        if self._token_bytes is None:
+            return StreamDecoder(self._tokenizer)
+        return ByteLevelDecoder(self._token_bytes)
+
+
+def _eos_token(path: Path) -> str | None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(f"cannot read {path}: {error}") from None
+    token = config.get("eos_token") if isinstance(config, dict) else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is not None and not isinstance(token, str):
+        raise TokenizerError(f"{path}: eos_token has to be a text or an object with a text as its content")
+    return token

@@ -1,0 +1,118 @@
+"""The nouns of the engine: plain data that crosses module and process borders.
+
+This module imports nothing of ours. Every struct is a frozen msgspec struct, so that the same
+object is an argument in one process and a message between two.
+"""
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+RejectCode = Literal["invalid", "queue_full", "unavailable"]
+
+SEED_RANGE = 1 << 63
+"""Seeds are integers in [0, SEED_RANGE): they are Philox keys and have to fit a signed 64-bit tensor."""
+
+
+MAX_STOP_TOKEN_IDS = 64
+"""Stop token ids a request may name: with EOS, the width of a table on the device."""
+
+
+class InvalidRequestError(ValueError):
+    """A request that cannot be served as it stands. `param` names the field at fault."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+        self.message = message
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the tokens of one answer are chosen, and where it ends.
+
+    temperature 0 is greedy (lowest id among equals). top_k 0, top_p 1 and min_p 0 are off. `seed` None means that
+    whoever submits the request draws one. `stop` strings are matched on text, so they are the business of
+    `engine.text_stream`, not of the scheduler; everything else here is enforced by the engine.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer to generate: what occupies one row of the batch while it runs.
+
+    `request_id` is chosen by the submitter and unique among its open requests; it is never a client's own id.
+    """
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0
+    """Smaller runs first; equal priorities run in order of arrival."""
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """Where the time before a request's first tokens went, in seconds."""
+
+    queue: float
+    """From arrival at the engine to the first step that worked on it."""
+    prefill: float
+    """From that step's start to the first tokens."""
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step added to one request.
+
+    `token_ids` ends with the EOS or stop token where one ended the answer. `timing` comes with the first tokens only.
+    `stop_reason` is the stop token's id (None for EOS). `error` is set exactly where finish_reason is "error".
+    """
+
+    request_id: int
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    error: str | None = None
+    timing: Timing | None = None
+
+
+class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of how busy an engine is."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine serves and how much of it fits: everything a front end may need to know of it."""
+
+    model: str
+    """What clients call it."""
+    vocab_size: int
+    block_length: int
+    max_length: int
+    """Tokens: prompt and answer together."""
+    eos_token_id: int
+    device: str
+    dtype: str
+    max_rows: int
+    pages: int
+    page_size: int
+    """Positions a page holds."""
+    kv_bytes: int
+    parameters: int
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens whose KV fits at once."""
+        return self.pages * self.page_size * self.block_length

@@ -1,0 +1,242 @@
+"""The engine process: serves one EngineCore to API processes over a socket. Started by the supervisor.
+
+`python -m engine.worker CONFIG`, an EngineProcessConfig as JSON. Exit codes: 0 after a shutdown, 1 if it cannot start.
+"""
+
+import gc
+import logging
+import os
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from engine.config import ConfigError, ModelConfig
+from engine.control import ControlChannel, become_child
+from engine.listener import Connected, Disconnected, MessageListener
+from engine.logs import configure_logging
+from engine.messages import (
+    Abort,
+    Accepted,
+    ChildFailed,
+    ChildReady,
+    Deltas,
+    EngineHello,
+    EngineStatus,
+    Rejected,
+    Shutdown,
+    Submit,
+    ToEngine,
+)
+from engine.metrics import MetricsRecorder
+from engine.process_config import EngineProcessConfig, read_process_config
+from engine.scheduler import QueueFullError
+from engine.types import Delta, EngineLoad, InvalidRequestError
+
+if TYPE_CHECKING:
+    from engine.core import EngineCore, StepReport
+
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 0.25
+STATUS_SECONDS = 0.5
+RATE_WINDOW_SECONDS = 5.0
+
+
+class EngineWorker:
+    """The loop: take messages, run a step, hand out what it wrote."""
+
+    def __init__(self, core: "EngineCore", listener: MessageListener, control: ControlChannel, index: int) -> None:
+        self._core = core
+        self._listener = listener
+        self._control = control
+        self._open: dict[int, set[int]] = {}
+        self._meter = _Meter(core, MetricsRecorder(control.send), (str(index),))
+        self._deadline: float | None = None
+        self.step_started: float | None = None
+        self.last_step = time.time()
+
+    def run(self) -> None:
+        """Serve until a Shutdown message and the end of the open work, or its deadline."""
+        while not self._finished():
+            timeout = 0.0 if self._core.has_work else self._meter.idle_timeout()
+            load_before = self._core.load_now
+            for peer_id, message in self._listener.poll(timeout):
+                self._handle(peer_id, message)
+            for control_message in self._control.poll():
+                if isinstance(control_message, Shutdown):
+                    self._deadline = time.monotonic() + control_message.deadline_s
+            delivered = self._step()
+            if not delivered and self._core.load_now != load_before:
+                self._publish({})
+            self._meter.tick(idle=not self._core.has_work)
+
+    def _finished(self) -> bool:
+        if self._deadline is None:
+            return False
+        return not self._core.has_work or time.monotonic() > self._deadline
+
+    def _handle(self, peer_id: int, message: ToEngine | Connected | Disconnected) -> None:
+        match message:
+            case Connected():
+                self._open[peer_id] = set()
+                self._listener.send(peer_id, EngineHello(info=self._core.info))
+            case Disconnected():
+                for request_id in self._open.pop(peer_id, ()):
+                    self._core.abort((peer_id, request_id))
+            case Submit() if peer_id in self._open:
+                self._listener.send(peer_id, self._submit(peer_id, message))
+            case Abort() if peer_id in self._open:
+                for request_id in message.request_ids:
+                    self._core.abort((peer_id, request_id))
+                    self._open[peer_id].discard(request_id)
+
+    def _submit(self, peer_id: int, message: Submit) -> Accepted | Rejected:
+        ids = [request.request_id for request in message.requests]
+        group = message.group_id
+        if self._deadline is not None:
+            return Rejected(group_id=group, code="unavailable", message="the server is shutting down")
+        if not ids or len(set(ids)) != len(ids) or not self._open[peer_id].isdisjoint(ids):
+            text = "a group needs at least one request, each with an id that no open request has"
+            return Rejected(group_id=group, code="invalid", message=text, param="request_id")
+        try:
+            self._core.add([((peer_id, request.request_id), request) for request in message.requests])
+        except InvalidRequestError as error:
+            return Rejected(group_id=group, code="invalid", message=error.message, param=error.param)
+        except QueueFullError as error:
+            return Rejected(group_id=group, code="queue_full", message=str(error))
+        self._open[peer_id].update(ids)
+        return Accepted(group_id=group)
+
+    def _step(self) -> bool:
+        """Run one step if there is work; whether anything was sent."""
+        self.step_started = time.time()
+        report = self._core.step()
+        self.step_started = None
+        if report is None:
+            return False
+        self.last_step = time.time()
+        by_peer: dict[int, list[Delta]] = {}
+        for sequence, delta in report.deltas:
+            # The keys are those that _submit made.
+            peer_id, request_id = cast(tuple[int, int], sequence.key)
+            by_peer.setdefault(peer_id, []).append(delta)
+            if delta.finish_reason is not None and peer_id in self._open:
+                self._open[peer_id].discard(request_id)
+        self._meter.count(report)
+        self._publish(by_peer)
+        return bool(by_peer)
+
+    def _publish(self, by_peer: dict[int, list[Delta]]) -> None:
+        load = self._core.load_now
+        for peer_id in self._open:
+            self._listener.send(peer_id, Deltas(deltas=by_peer.get(peer_id, []), load=load))
+
+
+class _Meter:
+    """Counts steps and publishes gauges, at most every FLUSH_SECONDS and when the engine goes idle."""
+
+    def __init__(self, core: "EngineCore", recorder: MetricsRecorder, labels: tuple[str, ...]) -> None:
+        self._core = core
+        self._recorder = recorder
+        self._labels = labels
+        self._next_flush = 0.0
+        self._published: EngineLoad | None = None
+        self._window: deque[tuple[float, int]] = deque()
+        self._rate_published = -1.0
+        info = core.info
+        recorder.gauge("model_info", 1, (*labels, info.model, info.device, info.dtype))
+        cache_labels = (*labels, str(info.page_size), str(info.pages))
+        recorder.gauge("cache_config_info", 1, cache_labels)
+        recorder.gauge("kv_pages_capacity", info.pages, labels)
+        recorder.gauge("engine_last_step_timestamp_seconds", time.time(), labels)
+
+    def count(self, report: "StepReport") -> None:
+        now = time.monotonic()
+        self._recorder.count("steps_total", labels=self._labels)
+        self._recorder.observe("step_seconds", report.seconds, self._labels)
+        self._recorder.observe("batch_rows", report.rows, self._labels)
+        self._recorder.gauge("engine_last_step_timestamp_seconds", time.time(), self._labels)
+        self._window.append((now, sum(len(delta.token_ids) for _, delta in report.deltas)))
+
+    def idle_timeout(self) -> float | None:
+        """How long an idle engine may sleep: until the rate gauge has to fall, or until a message comes."""
+        return FLUSH_SECONDS if self._window else None
+
+    def tick(self, *, idle: bool) -> None:
+        now = time.monotonic()
+        load = self._core.load_now
+        if now < self._next_flush and not (idle and (self._recorder.dirty or load != self._published)):
+            return
+        self._next_flush = now + FLUSH_SECONDS
+        self._gauges(now, load)
+        self._recorder.flush()
+
+    def _gauges(self, now: float, load: EngineLoad) -> None:
+        while self._window and self._window[0][0] < now - RATE_WINDOW_SECONDS:
+            self._window.popleft()
+        rate = sum(tokens for _, tokens in self._window) / RATE_WINDOW_SECONDS
+        if rate != self._rate_published:
+            self._rate_published = rate
+            self._recorder.gauge("generation_tokens_per_second", rate, self._labels)
+        if load != self._published:
+            self._published = load
+            self._recorder.gauge("requests_running", load.running, self._labels)
+            self._recorder.gauge("requests_waiting", load.waiting, self._labels)
+            self._recorder.gauge("kv_pages_used", load.pages_used, self._labels)
+            self._recorder.gauge("kv_cache_usage_ratio", load.pages_used / self._core.info.pages, self._labels)
+
+
+def _report_status(worker: EngineWorker, control: ControlChannel) -> None:
+    while True:
+        control.send(EngineStatus(step_started=worker.step_started, last_step=worker.last_step))
+        time.sleep(STATUS_SECONDS)
+
+
+def _load_core(config: EngineProcessConfig) -> "EngineCore":
+    # torch takes seconds to import: the control channel has to be up before that, so that a supervisor that dies
+    # meanwhile is noticed.
+    import torch
+
+    from engine.core import EngineCore
+    from engine.options import resolve_options
+
+    # A core is left to the front end: where both want the same one, each step waits at every product for a thread that
+    # does not run, ten times as long as the step takes.
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) - 1))
+    directory = Path(config.model)
+    engine_config = resolve_options(config.options, ModelConfig.load(directory))
+    return EngineCore.load(config.name, directory, engine_config, config.random_seed)
+
+
+def main(config_path: str) -> int:
+    """Run the engine process; returns the exit code."""
+    become_child()
+    config = read_process_config(Path(config_path), EngineProcessConfig)
+    configure_logging(config.log, f"engine {config.index}")
+    listener = MessageListener()
+    control = ControlChannel.connect(Path(config.control_path), "engine", config.index, on_message=listener.wake)
+    try:
+        core = _load_core(config)
+    except ConfigError as error:
+        control.send(ChildFailed(message=str(error)))
+        control.close()
+        return 1
+    listener.listen(Path(config.socket_path))
+    worker = EngineWorker(core, listener, control, config.index)
+    threading.Thread(target=_report_status, args=(worker, control), daemon=True).start()
+    # What start-up made stays for good: without it, collecting garbage costs a step as much again as committing it.
+    gc.freeze()
+    control.send(ChildReady(info=core.info))
+    try:
+        worker.run()
+    finally:
+        listener.close()
+        control.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,98 @@
+"""Which implementation of each operation is used: decided here and nowhere else."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kernels.block_embedding import block_embedding, triton_block_embedding
+from kernels.decode_attention import paged_decode_attention, triton_paged_decode_attention
+from kernels.jit import has_triton
+from kernels.layer_norm import (
+    residual_layer_norm,
+    residual_layer_norms,
+    triton_residual_layer_norm,
+    triton_residual_layer_norms,
+)
+from kernels.linear import linear
+from kernels.local_attention import local_attention, triton_local_attention
+from kernels.prefill_attention import paged_prefill_attention, triton_paged_prefill_attention
+from kernels.rotary import (
+    rotary_paged_write,
+    rotary_scratch_write,
+    triton_rotary_paged_write,
+    triton_rotary_scratch_write,
+)
+from kernels.sampler import SamplingTables, sample, triton_sample
+
+OptionalTensor = Tensor | None
+Implementation = Literal["torch", "triton"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation of each operation; shapes and formulas are documented in the operation's own file."""
+
+    block_embedding: Callable[[Tensor, Tensor], Tensor]
+    linear: Callable[[Tensor, Tensor, OptionalTensor], Tensor]
+    residual_layer_norms: Callable[
+        [Tensor, OptionalTensor, OptionalTensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]
+    ]
+    residual_layer_norm: Callable[[Tensor, OptionalTensor, OptionalTensor, Tensor, Tensor, float], Tensor]
+    rotary_paged_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    rotary_scratch_write: Callable[[Tensor, int, Tensor, Tensor, Tensor], Tensor]
+    paged_decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    paged_prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    local_attention: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
+    sample: Callable[[Tensor, Tensor, Tensor, SamplingTables], tuple[Tensor, Tensor]]
+
+
+def torch_kernels() -> Kernels:
+    """The torch twins: any device, every dtype."""
+    return Kernels(
+        block_embedding=block_embedding,
+        linear=linear,
+        residual_layer_norms=residual_layer_norms,
+        residual_layer_norm=residual_layer_norm,
+        rotary_paged_write=rotary_paged_write,
+        rotary_scratch_write=rotary_scratch_write,
+        paged_decode_attention=paged_decode_attention,
+        paged_prefill_attention=paged_prefill_attention,
+        local_attention=local_attention,
+        sample=sample,
+    )
+
+
+def triton_kernels() -> Kernels:
+    """The Triton kernels, for CUDA devices (and the CPU under Triton's interpreter). Products are cuBLAS's.
+
+    Raises RuntimeError where Triton is not installed.
+    """
+    if not has_triton():
+        raise RuntimeError("the kernels for CUDA need Triton, which is not installed: pip install triton")
+    return Kernels(
+        block_embedding=triton_block_embedding,
+        linear=linear,
+        residual_layer_norms=triton_residual_layer_norms,
+        residual_layer_norm=triton_residual_layer_norm,
+        rotary_paged_write=triton_rotary_paged_write,
+        rotary_scratch_write=triton_rotary_scratch_write,
+        paged_decode_attention=triton_paged_decode_attention,
+        paged_prefill_attention=triton_paged_prefill_attention,
+        local_attention=triton_local_attention,
+        sample=triton_sample,
+    )
+
+
+def select_kernels(device: torch.device, implementation: Implementation | None = None) -> Kernels:
+    """The implementations for a device: Triton's on CUDA, the twins on the CPU; or those asked for, as tests do.
+
+    Raises ValueError for a device that no operation is written for.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"there are no kernels for device {device}")
+    if implementation is None:
+        implementation = "triton" if device.type == "cuda" else "torch"
+    return triton_kernels() if implementation == "triton" else torch_kernels()

@@ -1,0 +1,177 @@
+"""Attention of prompt chunks over their rows' pages."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.decode_attention import gather_pages
+from kernels.jit import LOG2_E, interpreted, jit, tl
+
+
+def paged_prefill_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    page_table: Tensor,
+    chunk_rows: Tensor,
+    chunk_offsets: Tensor,
+    chunk_positions: Tensor,
+    scale: float,
+) -> Tensor:
+    """softmax(scale * q K^T + causal mask) V for chunks of consecutive positions, laid one behind the other.
+
+    query: [N, heads, D]. key_cache, value_cache: [pages, heads, page_size, D]; they hold the chunks' own keys and
+    values already. page_table: [rows, max_pages] int32. Chunk c: queries chunk_offsets[c]:chunk_offsets[c+1], of table
+    row chunk_rows[c], at positions chunk_positions[c], chunk_positions[c]+1, ...; each attends to positions 0 up to
+    its own (all int32, [C], offsets [C+1]). Returns [N, heads, D]. The twin reads the chunks' borders on the host.
+    """
+    page_size = key_cache.shape[2]
+    attended = torch.empty_like(query)
+    offsets = chunk_offsets.tolist()
+    for start, end, row, first in zip(
+        offsets[:-1], offsets[1:], chunk_rows.tolist(), chunk_positions.tolist(), strict=True
+    ):
+        context = first + end - start
+        pages = page_table[row : row + 1, : -(-context // page_size)]
+        keys, values = gather_pages(key_cache, value_cache, pages)
+        chunk = query[None, start:end].transpose(1, 2)
+        attended[start:end] = attend_causal(chunk, keys[:, :, :context], values[:, :, :context], first, scale)[
+            0
+        ].transpose(0, 1)
+    return attended
+
+
+def attend_causal(query: Tensor, keys: Tensor, values: Tensor, first_position: int, scale: float) -> Tensor:
+    """Attend causally from query [R, heads, S, D] to keys and values [R, heads, first_position + S, D].
+
+    Query s sits at position first_position + s. Returns [R, heads, S, D].
+    """
+    length, context = query.shape[2], keys.shape[2]
+    if length == 1 or first_position == 0:
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=length > 1, scale=scale)
+    seen = torch.ones(length, context, dtype=torch.bool, device=query.device).tril_(first_position)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scale)
+
+
+@jit
+def _find_chunk(
+    chunk_offsets: tl.tensor, chunks: tl.tensor, tile: tl.tensor, TILE_Q: tl.constexpr, TILE_C: tl.constexpr
+) -> tl.tensor:
+    """The chunk that a query tile belongs to.
+
+    Chunk c owns the tiles from chunk_offsets[c] // TILE_Q + c up to the next chunk's first: never too few, at most one
+    too many.
+    """
+    before = tile * 0
+    for start in range(0, chunks, TILE_C):
+        chunk = start + tl.arange(0, TILE_C)
+        first_tile = tl.load(chunk_offsets + chunk, mask=chunk < chunks, other=0) // TILE_Q + chunk
+        before += tl.sum(((first_tile <= tile) & (chunk < chunks)).to(tl.int32), 0)
+    return before - 1
+
+
+@jit
+def _attend_tile(
+    query: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    page_table: tl.tensor,
+    chunk_rows: tl.tensor,
+    chunk_offsets: tl.tensor,
+    chunk_positions: tl.tensor,
+    attended: tl.tensor,
+    scale: tl.tensor,
+    chunks: tl.tensor,
+    heads: tl.tensor,
+    table_stride: tl.tensor,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_C: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """One head of TILE_Q queries of one chunk, over all positions up to the last query's."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    chunk = _find_chunk(chunk_offsets, chunks, tile, TILE_Q, TILE_C)
+    offset, end = tl.load(chunk_offsets + chunk), tl.load(chunk_offsets + chunk + 1)
+    start = offset + (tile - offset // TILE_Q - chunk) * TILE_Q
+    if start >= end:
+        return
+    dims, lanes = tl.arange(0, HEAD_SIZE), tl.arange(0, TILE_T)
+    entries = start + tl.arange(0, TILE_Q)
+    inside = (entries < end)[:, None]
+    first_position = tl.load(chunk_positions + chunk) - offset
+    context = first_position + tl.minimum(start + TILE_Q, end)
+    pages_of_row = page_table + tl.load(chunk_rows + chunk).to(tl.int64) * table_stride
+    places = (entries.to(tl.int64) * heads + head)[:, None] * HEAD_SIZE + dims[None, :]
+    q = tl.load(query + places, mask=inside, other=0)
+    if WIDEN:
+        q = q.to(tl.float32)
+    best = tl.full([TILE_Q], -float("inf"), tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    sums = tl.zeros([TILE_Q, HEAD_SIZE], tl.float32)
+    for first in tl.range(0, context, TILE_T, num_stages=STAGES):
+        positions = first + lanes
+        seen = positions < context
+        pages = tl.load(pages_of_row + positions // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
+        where = ((pages * heads + head) * PAGE_SIZE + positions % PAGE_SIZE)[:, None] * HEAD_SIZE + dims[None, :]
+        k = tl.load(keys + where, mask=seen[:, None], other=0).to(q.dtype)
+        v = tl.load(values + where, mask=seen[:, None], other=0).to(q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(positions[None, :] <= (first_position + entries)[:, None], scores, -float("inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        kept = tl.exp2(best - new_best)
+        weights = tl.exp2(scores - new_best[:, None])
+        total = total * kept + tl.sum(weights, 1)
+        sums = tl.dot(weights.to(q.dtype), v, sums * kept[:, None], input_precision="ieee")
+        best = new_best
+    tl.store(attended + places, (sums / total[:, None]).to(attended.dtype.element_ty), mask=inside)
+
+
+def triton_paged_prefill_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    page_table: Tensor,
+    chunk_rows: Tensor,
+    chunk_offsets: Tensor,
+    chunk_positions: Tensor,
+    scale: float,
+) -> Tensor:
+    """`paged_prefill_attention` in Triton: softmax(scale * q K^T + causal mask) V over ragged chunks.
+
+    A program attends from one tile of queries with an online softmax. The grid follows from N and C alone, and programs
+    find their chunk on the device: the host reads nothing.
+    """
+    assert query.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
+    assert page_table.stride(1) == 1
+    length, heads, head_size = query.shape
+    chunks = chunk_rows.shape[0]
+    precise = query.dtype == torch.float32
+    tile_q, tile_t = (32, 32) if precise else (64, 64)
+    attended = torch.empty_like(query)
+    _attend_tile[(length // tile_q + chunks, heads)](
+        query,
+        key_cache,
+        value_cache,
+        page_table,
+        chunk_rows,
+        chunk_offsets,
+        chunk_positions,
+        attended,
+        scale * LOG2_E,
+        chunks,
+        heads,
+        page_table.stride(0),
+        PAGE_SIZE=key_cache.shape[2],
+        HEAD_SIZE=head_size,
+        WIDEN=interpreted(),
+        TILE_Q=tile_q,
+        TILE_T=tile_t,
+        TILE_C=128,
+        STAGES=2,
+        num_warps=8 if precise else 4,  # without tensor cores the tiles take twice the registers
+    )
+    return attended

@@ -1,0 +1,129 @@
+"""The HTTP application: its routes, and errors in the envelope."""
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from server.app_state import AppState
+from server.completions import read_completion, unknown_model
+from server.errors import ApiError, draining, unavailable
+from server.protocol import CompletionRequest
+from server.request_scope import RequestScope
+
+OPENMETRICS = "application/openmetrics-text"
+COMPLETION_SCHEMA: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": CompletionRequest.model_json_schema()}},
+    }
+}
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry of GET /v1/models."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "blockserve"
+    root: str
+    max_model_len: int | None
+    """Tokens of prompt and answer together; None while the model loads."""
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    """GET /v1/models."""
+
+    data: list[ModelCard]
+    object: str = "list"
+
+
+def create_app(state: AppState) -> FastAPI:
+    """The application of one API process."""
+    app = FastAPI(
+        title="blockserve", version=state.version.version, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
+    app.add_middleware(RequestScope, recorder=state.metrics)
+    app.add_exception_handler(HTTPException, _in_envelope)
+    _add_api_routes(app, state)
+    _add_operation_routes(app, state)
+    return app
+
+
+def _add_api_routes(app: FastAPI, state: AppState) -> None:
+    async def completions(request: Request) -> Response:
+        """Complete one or more prompts, whole or as a stream of server-sent events."""
+        return await read_completion(request, state)
+
+    async def models() -> Response:
+        """The served model, once under each of its names."""
+        return _json(ModelList(data=[_card(state, name) for name in state.model_names]))
+
+    async def model(model_id: str) -> Response:
+        """One of the served model's names."""
+        if model_id not in state.model_names:
+            raise unknown_model(model_id)
+        return _json(_card(state, model_id))
+
+    app.add_api_route("/v1/completions", completions, methods=["POST"], openapi_extra=COMPLETION_SCHEMA)
+    app.add_api_route("/v1/models", models)
+    app.add_api_route("/v1/models/{model_id:path}", model)
+
+
+def _add_operation_routes(app: FastAPI, state: AppState) -> None:
+    async def health() -> Response:
+        """Live: 200 through load, drain and restart of an engine; 503 if only a restart of the server helps."""
+        if not state.service.healthy:
+            raise unavailable(state.service.detail or "the server is not healthy", "unhealthy")
+        return _json({"status": "ok"})
+
+    async def ready() -> Response:
+        """Whether a completion would be taken now."""
+        if state.service.draining:
+            raise draining()
+        if not state.service.healthy or not state.service.engines_up or state.engine.info is None:
+            raise unavailable(state.service.detail or "no engine is ready yet", "not_ready")
+        return _json({"status": "ready"})
+
+    async def metrics(request: Request) -> Response:
+        """Prometheus text, or OpenMetrics for who accepts it."""
+        try:
+            content_type, body = await state.render_metrics(OPENMETRICS in request.headers.get("accept", ""))
+        except OSError:
+            raise unavailable("the process that keeps the metrics does not answer") from None
+        return Response(body, headers={"content-type": content_type})
+
+    async def version() -> Response:
+        """Version and, in a checkout, its commit."""
+        return _json(state.version)
+
+    for endpoint in (health, ready, metrics, version):
+        app.add_api_route(f"/{endpoint.__name__}", endpoint)
+
+
+def _card(state: AppState, name: str) -> ModelCard:
+    info = state.engine.info
+    return ModelCard(
+        id=name,
+        created=state.started,
+        root=state.settings.model or name,
+        max_model_len=None if info is None else info.max_length,
+    )
+
+
+def _json(body: msgspec.Struct | dict[str, str]) -> Response:
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+async def _in_envelope(request: Request, error: Exception) -> Response:
+    """What the router raises: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: (f"there is nothing at {request.url.path}", "not_found"),
+        405: (f"{request.url.path} does not take {request.method}", "method_not_allowed"),
+    }
+    message, code = messages.get(error.status_code, (error.detail, None))
+    return ApiError(error.status_code, message[:300], code=code, headers=error.headers).response()

@@ -1,0 +1,108 @@
+"""The answers that one HTTP request asked for, followed from their deltas to text."""
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from engine.metrics import MetricsRecorder
+from engine.text_stream import TextStream
+from engine.tokenizer import Tokenizer
+from engine.types import SEED_RANGE, Delta, GenerationRequest, SamplingParams
+from server.answer_metrics import AnswerMetrics, PromptTally
+
+
+class Piece(NamedTuple):
+    """What a delta, or one token of it, adds to an answer."""
+
+    text: str
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: int | str | None = None
+
+
+class PreparedPrompt(NamedTuple):
+    """A prompt as the engine gets it; `params.seed` is that of its first answer, or None for a random one each."""
+
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass
+class Choice:
+    """One answer under way."""
+
+    index: int
+    request: GenerationRequest
+    stream: TextStream
+    metrics: AnswerMetrics
+    pieces: list[Piece] = field(default_factory=list)
+    """Kept only where the whole answer is sent at once."""
+    tokens: int = 0
+    finish_reason: Literal["stop", "length"] | None = None
+
+    def take(self, delta: Delta, now: float, *, each_token: bool) -> list[Piece]:
+        """The pieces that a delta without an error adds: one, or one a token.
+
+        Nothing follows the piece with the finish_reason, whatever the engine still sends.
+        """
+        if self.finish_reason is not None:
+            return []
+        pieces, tokens = [], 0
+        for part in _split(delta) if each_token else (delta,):
+            update = self.stream.push(part.token_ids, part.finish_reason)
+            tokens += update.tokens
+            if update.stop is not None:
+                piece = Piece(update.text, "stop", update.stop)
+            elif part.finish_reason == "stop" or part.finish_reason == "length":
+                piece = Piece(update.text, part.finish_reason, part.stop_reason)
+            else:
+                piece = Piece(update.text)
+            pieces.append(piece)
+            if piece.finish_reason is not None:
+                self.finish_reason = piece.finish_reason
+                break
+        self.tokens += tokens
+        self.metrics.delivered(tokens, delta.timing, now)
+        if self.finish_reason is not None:
+            self.metrics.ended(self.finish_reason, now)
+        return pieces
+
+
+def make_choices(
+    prompts: Sequence[PreparedPrompt],
+    n: int,
+    *,
+    priority: int,
+    tokenizer: Tokenizer,
+    recorder: MetricsRecorder,
+    next_request_id: Callable[[], int],
+    arrival: float,
+) -> list[Choice]:
+    """n answers to every prompt, in prompt-major order.
+
+    Answer i to a prompt has the seed (seed + i) mod 2^63; without a seed each draws its own.
+    """
+    choices: list[Choice] = []
+    for token_ids, params in prompts:
+        tally = PromptTally(len(token_ids))
+        for number in range(n):
+            seed = secrets.randbelow(SEED_RANGE) if params.seed is None else (params.seed + number) % SEED_RANGE
+            request = GenerationRequest(
+                request_id=next_request_id(),
+                prompt_token_ids=token_ids,
+                # Stop strings are looked for here, so they need not travel to the engine n times.
+                params=msgspec.structs.replace(params, seed=seed, stop=()),
+                priority=priority,
+            )
+            stream, metrics = TextStream(tokenizer, params), AnswerMetrics(recorder, tally, arrival)
+            choices.append(Choice(len(choices), request, stream, metrics))
+    return choices
+
+
+def _split(delta: Delta) -> Iterator[Delta]:
+    """The delta as one delta a token, of which only the last has the end."""
+    for token in delta.token_ids[:-1]:
+        yield Delta(request_id=delta.request_id, token_ids=(token,))
+    yield msgspec.structs.replace(delta, token_ids=delta.token_ids[-1:])

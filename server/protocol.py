@@ -1,0 +1,219 @@
+"""What /v1/completions takes and gives: the request's fields with their types, and the shapes of its answers.
+
+Ranges of numbers are the business of `engine.validation`, which the engine's boundary and the offline API share.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic_core import ErrorDetails
+
+from engine.types import InvalidRequestError
+from engine.validation import PRIORITY_LIMIT
+from server.errors import ApiError, invalid
+
+Prompt = str | list[int]
+
+MAX_STOP_CHARACTERS = 1024
+"""Every answer of a request prepares its own search for each stop string."""
+
+UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
+    "echo": (False,),
+    "logprobs": (),
+    "prompt_logprobs": (),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "add_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "return_token_ids": (False,),
+}
+"""Fields of the API that are not supported yet, with the values besides null that ask for nothing."""
+
+PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        {
+            "type": "array",
+            "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+            "minItems": 1,
+        },
+    ]
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    """Options that go with `stream`."""
+
+    include_usage: bool = False
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class CompletionRequest(_Strict):
+    """The fields of a completion request; null stands for the default and was removed before."""
+
+    prompt: Annotated[Any, WithJsonSchema(PROMPT_SCHEMA)]
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    n: Annotated[int, Field(ge=1)] = 1
+    best_of: int | None = None
+    stop: Annotated[list[Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]], BeforeValidator(_as_list)] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    suffix: str = ""
+    priority: Annotated[int, Field(ge=-PRIORITY_LIMIT, lt=PRIORITY_LIMIT)] = 0
+    user: Annotated[str, Field(max_length=256)] | None = None
+    request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}\z")] | None = None
+
+
+def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
+    """The request in a JSON object without nulls. Raises ApiError 400 whose `param` names the field at fault."""
+    body = dict(body)
+    for name, defaults in UNSUPPORTED_FIELDS.items():
+        if name in body and not _asks_for_nothing(body.pop(name), defaults):
+            raise invalid(name, f"{name} is not supported by this server yet; leave it out", "unsupported_parameter")
+    options = body.get("stream_options")
+    if isinstance(options, dict):
+        body["stream_options"] = _stream_options(options)
+    try:
+        request = CompletionRequest.model_validate(body)
+    except ValidationError as error:
+        raise _as_invalid(error.errors(include_url=False, include_context=False)[0]) from None
+    if request.stream_options is not None and not request.stream:
+        raise invalid("stream_options", "stream_options goes with stream: true only")
+    if request.best_of is not None and request.best_of != request.n:
+        raise invalid("best_of", f"best_of has to equal n, which is {show(request.n)}: answers are not ranked")
+    if request.suffix:
+        raise invalid("suffix", "suffix has to be empty: this model does not insert text", "unsupported_parameter")
+    return request
+
+
+def parse_prompts(prompt: object) -> list[Prompt]:
+    """The prompts in any of the four forms: a text, texts, token ids, lists of token ids.
+
+    Raises InvalidRequestError. Whether the ids are in the vocabulary is not looked at.
+    """
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list):
+        raise _not_a_prompt(f"not {show(prompt)}")
+    if not prompt:
+        raise InvalidRequestError("prompt", "prompt is an empty list; it has to hold at least one prompt or token id")
+    kinds = set(map(type, prompt))
+    if kinds == {str}:
+        return prompt
+    if kinds == {int}:
+        return [prompt]
+    if kinds != {list}:
+        raise _not_a_prompt("not a list of other or different things")
+    for index, ids in enumerate(prompt):
+        if not ids:
+            raise InvalidRequestError(
+                "prompt", f"prompt {index} is an empty list; it has to hold at least one token id"
+            )
+        if set(map(type, ids)) != {int}:
+            raise _not_a_prompt(f"and prompt {index} holds something else than integers")
+    return prompt
+
+
+def show(value: object) -> str:
+    """A client's value for a message: short, whatever it is."""
+    if isinstance(value, str):
+        return repr(value[:60]) + ("..." if len(value) > 60 else "")
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return "an object"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:20]}... ({len(text)} characters)"
+
+
+def _asks_for_nothing(value: object, defaults: tuple[object, ...]) -> bool:
+    return any(value == default and isinstance(value, bool) == isinstance(default, bool) for default in defaults)
+
+
+def _stream_options(options: dict[str, Any]) -> dict[str, Any]:
+    options = {name: value for name, value in options.items() if value is not None}
+    if options.pop("continuous_usage_stats", False) is not False:
+        message = "stream_options.continuous_usage_stats is not supported by this server yet; leave it out"
+        raise invalid("stream_options.continuous_usage_stats", message, "unsupported_parameter")
+    return options
+
+
+def _as_invalid(error: ErrorDetails) -> ApiError:
+    # Below a field of the request only names of fields follow; indices of lists are for the message.
+    names = [step[:64] for step in error["loc"] if isinstance(step, str)]
+    field = ".".join(names)
+    if error["type"] == "extra_forbidden":
+        return invalid(field, f"{field} is not a field of this request", "unknown_parameter")
+    if error["type"] == "missing":
+        return invalid(field, f"{field} is missing", "missing_parameter")
+    place = "".join(f"[{step}]" for step in error["loc"] if isinstance(step, int))
+    return invalid(field, f"{field}{place}: {error['msg']}, not {show(error['input'])}")
+
+
+def _not_a_prompt(but: str) -> InvalidRequestError:
+    message = f"prompt has to be a text, a list of texts, a list of token ids or a list of lists of token ids, {but}"
+    return InvalidRequestError("prompt", message)
+
+
+# --- Answers -----------------------------------------------------------------------------------------------------
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """Part of Usage."""
+
+    cached_tokens: int = 0
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of a whole HTTP request; every prompt counts once, whatever n is."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+
+
+class ChoiceBody(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer, or what a chunk adds to it."""
+
+    index: int
+    """prompt index x n + number of the answer to that prompt."""
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: int | str | None
+    logprobs: None = None
+
+
+class CompletionBody(msgspec.Struct, frozen=True, kw_only=True):
+    """A completion, or a chunk of a stream, where `usage` is left out unless the client asked for it."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[ChoiceBody]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET

@@ -1,0 +1,106 @@
+"""`blockserve serve`: from the settings to a running service. Exit codes as in `server.supervisor`."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from engine.config import ConfigError, ModelConfig
+from engine.logs import configure_logging
+from engine.model_files import find_model
+from engine.process_config import ApiProcessConfig, EngineProcessConfig, write_process_config
+from engine.types import EngineInfo
+from server.banner import start_banner
+from server.children import ChildSpec, module_command
+from server.control_server import ControlServer
+from server.metrics_registry import MetricStore
+from server.runtime_directory import RuntimeDirectoryError, runtime_directory
+from server.settings import ServeSettings
+from server.sockets import PortError, bind_port, server_url
+from server.supervisor import EXIT_FAILED, Supervisor, SupervisorOptions
+from server.version import version_info
+
+log = logging.getLogger(__name__)
+
+API_PROCESSES = 1
+
+
+def serve(settings: ServeSettings) -> int:
+    """Serve until a signal or a failure; returns the exit code."""
+    configure_logging(settings.log_config(), "supervisor")
+    try:
+        model = find_model(settings.model)
+        ModelConfig.load(model)
+        with bind_port(settings.host, settings.port) as listener, runtime_directory() as directory:
+            specs = plan_children(settings, model, listener, directory)
+            return asyncio.run(_supervise(settings, specs, listener, directory))
+    except (ConfigError, PortError, RuntimeDirectoryError) as error:
+        log.error("cannot start: %s", error)
+        return EXIT_FAILED
+    except KeyboardInterrupt:  # before the supervisor answers signals: a download may take long
+        return 128 + signal.SIGINT
+
+
+def plan_children(settings: ServeSettings, model: Path, listener: socket.socket, directory: Path) -> list[ChildSpec]:
+    """Write each child's configuration into the runtime directory; returns how to start them, engines first."""
+    control_path = str(control_socket(directory))
+    engine_socket = directory / "engine0.sock"
+    engine_config = directory / "engine0.json"
+    write_process_config(
+        engine_config,
+        EngineProcessConfig(
+            index=0,
+            name=settings.model_names()[0],
+            model=str(model),
+            options=settings.engine_options(),
+            socket_path=str(engine_socket),
+            control_path=control_path,
+            log=settings.log_config(),
+            random_seed=settings.random_weights,
+            threads=settings.threads,
+        ),
+    )
+    specs = [ChildSpec("engine", 0, module_command("engine.worker", engine_config), stale_files=(engine_socket,))]
+    for index in range(API_PROCESSES):
+        api_config = directory / f"api{index}.json"
+        write_process_config(
+            api_config,
+            ApiProcessConfig(
+                index=index,
+                model=str(model),
+                listen_fd=listener.fileno(),
+                engine_sockets=[str(engine_socket)],
+                control_path=control_path,
+                settings=settings.model_dump_json(),
+                log=settings.log_config(),
+            ),
+        )
+        command = module_command("server.api_process", api_config)
+        specs.append(ChildSpec("api", index, command, pass_fds=(listener.fileno(),)))
+    return specs
+
+
+def control_socket(directory: Path) -> Path:
+    """Where the supervisor listens for its children."""
+    return directory / "control.sock"
+
+
+async def _supervise(settings: ServeSettings, specs: list[ChildSpec], listener: socket.socket, directory: Path) -> int:
+    url = server_url(listener)
+    name = settings.model_names()[0]
+
+    def announce(info: EngineInfo) -> None:
+        log.info("serving %s", name, extra={"url": url, "device": info.device, "dtype": info.dtype})
+        if settings.log_format == "plain":
+            sys.stdout.write("\n" + start_banner(info, name, version_info().version, url) + "\n")
+            sys.stdout.flush()
+
+    options = SupervisorOptions(drain_timeout_s=settings.drain_timeout, step_timeout_s=settings.step_timeout)
+    # Closed with the last process that accepts connections: clients are refused at once then, not left to wait.
+    supervisor = Supervisor(specs, options, MetricStore(), announce, on_front_end_stopped=listener.close)
+    log.info("starting", extra={"model": name, "url": url, "pid": os.getpid()})
+    async with ControlServer(control_socket(directory), supervisor):
+        return await supervisor.run()

@@ -1,0 +1,247 @@
+"""What an operator can set, by flag, environment variable or file: one model, validated once and frozen.
+
+A flag wins over the environment, the environment over the file, the file over the default. `server.cli` makes the flags
+of `blockserve serve` from the fields below, so a setting is declared in one place.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, field_validator
+
+from engine.config import ConfigError, DType
+from engine.model_files import model_name
+from engine.process_config import EngineOptions, LogConfig, LogFormat, LogLevel
+
+ENVIRONMENT_PREFIX = "BLOCKSERVE_"
+CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
+
+Group = Literal["Model", "Network", "Engine", "Limits", "Life cycle", "Logging"]
+GROUPS: tuple[Group, ...] = ("Model", "Network", "Engine", "Limits", "Life cycle", "Logging")
+
+MODEL_HELP = (
+    "what to serve: the embedded model, a directory with config.json, tokenizer.json and safetensors weights, or the "
+    "id of a model on the Hugging Face hub"
+)
+
+
+def _auto_is_none(value: object) -> object:
+    return None if value == "auto" else value
+
+
+def _integer(value: object) -> object:
+    """Literals of integers do not take the strings that flags and variables are."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,4}", value) else value
+
+
+def _setting(default: Any, group: Group, metavar: str, description: str, *, shown: str | None = None) -> Any:
+    """A field with what its flag's help needs; `shown` describes the default where its value does not."""
+    return Field(
+        default, description=description, json_schema_extra={"group": group, "metavar": metavar, "shown": shown}
+    )
+
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+AutoDType = Annotated[DType | None, BeforeValidator(_auto_is_none)]
+
+
+class ServeSettings(BaseModel):
+    """Settings of `blockserve serve`. None means that the default is decided from device and model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = _setting(None, "Model", "MODEL", MODEL_HELP, shown="the embedded model")
+    served_model_name: tuple[str, ...] = _setting(
+        (),
+        "Model",
+        "NAME",
+        "name or names that clients may use for the model; responses default to the first",
+        shown="from --model",
+    )
+    random_weights: Annotated[int, Field(ge=0, lt=1 << 63)] | None = _setting(
+        None,
+        "Model",
+        "SEED",
+        "serve random weights drawn from this seed instead of those in the directory, for benchmarks",
+        shown="off",
+    )
+
+    host: str = _setting("127.0.0.1", "Network", "ADDRESS", "address to listen on; 0.0.0.0 for every interface")
+    port: Port = _setting(8000, "Network", "PORT", "port to listen on; 0 for any that is free")
+
+    device: Annotated[str | None, BeforeValidator(_auto_is_none)] = _setting(
+        None, "Engine", "DEVICE", "auto, cpu, cuda or cuda:N", shown="auto: CUDA where there is a device"
+    )
+    dtype: AutoDType = _setting(
+        None,
+        "Engine",
+        "DTYPE",
+        "auto, float32, bfloat16 or float16",
+        shown="auto: float32 on the CPU, else as the model says",
+    )
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = _setting(
+        None, "Engine", "N", "CPU threads that the engine computes with", shown="auto: all cores but one"
+    )
+    max_rows: Annotated[int, Field(ge=1, le=65536)] | None = _setting(
+        None, "Engine", "N", "requests that run at once", shown="auto: by device"
+    )
+    max_waiting: Annotated[int, Field(ge=1, le=1 << 20)] = _setting(
+        2048, "Engine", "N", "requests that may wait for a row; more are answered 429"
+    )
+    page_size: Annotated[Literal[8, 16, 32, 64], BeforeValidator(_integer)] = _setting(
+        16, "Engine", "N", "positions in a page of the KV cache: 8, 16, 32 or 64"
+    )
+    max_step_positions: Annotated[int, Field(ge=2, le=1 << 20)] | None = _setting(
+        None, "Engine", "N", "positions that one step may work on, rows first, then prompts", shown="auto: by device"
+    )
+    kv_bytes: Annotated[ByteSize, Field(gt=0)] | None = _setting(
+        None, "Engine", "BYTES", "memory for the KV cache, like 2GiB; instead of --memory-fraction", shown="off"
+    )
+    memory_fraction: Annotated[float, Field(gt=0, le=0.98, allow_inf_nan=False)] = _setting(
+        0.9, "Engine", "X", "share of the device's memory left by the weights that the KV cache may take"
+    )
+
+    sync: bool = _setting(
+        False,
+        "Engine",
+        "",
+        "for debugging: finish each step before the next is planned, instead of planning while the device computes",
+        shown="off",
+    )
+
+    max_choices: Annotated[int, Field(ge=1, le=65536)] = _setting(
+        1024, "Limits", "N", "answers that one HTTP request may ask for: its prompts times n"
+    )
+    max_stop_strings: Annotated[int, Field(ge=1, le=1024)] = _setting(
+        16, "Limits", "N", "stop strings that one HTTP request may give"
+    )
+    max_body_bytes: Annotated[ByteSize, Field(ge=1024, le=1 << 30)] = _setting(
+        ByteSize(16 << 20), "Limits", "BYTES", "size of an HTTP request's body, like 16MiB", shown="16MiB"
+    )
+    stream_chunks: Literal["block", "token"] = _setting(
+        "block",
+        "Limits",
+        "UNIT",
+        "what a chunk of a stream holds: a block, or a token for clients that count chunks as tokens",
+    )
+
+    drain_timeout: Seconds = _setting(
+        30.0, "Life cycle", "SECONDS", "how long open requests may take to finish after SIGTERM or Ctrl-C"
+    )
+    step_timeout: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = _setting(
+        60.0, "Life cycle", "SECONDS", "a step that takes longer turns /health red"
+    )
+
+    log_level: LogLevel = _setting("info", "Logging", "LEVEL", "debug, info, warning or error")
+    log_format: LogFormat = _setting("plain", "Logging", "FORMAT", "plain, or json for one object a line")
+
+    @field_validator("served_model_name", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        """The environment has no lists: names are separated by commas there."""
+        if isinstance(value, str):
+            value = value.split(",")
+        return [name.strip() if isinstance(name, str) else name for name in value] if isinstance(value, list) else value
+
+    @field_validator("served_model_name")
+    @classmethod
+    def _whole_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not name or not name.isprintable():
+                raise ValueError("a name is empty or holds a character that cannot be printed")
+        if len(set(value)) != len(value):
+            raise ValueError("a name is given twice")
+        return value
+
+    @field_validator("host")
+    @classmethod
+    def _host_given(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("the address is empty; give 127.0.0.1, or 0.0.0.0 for every interface")
+        return value.strip()
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"cpu|cuda(:\d{1,4})?", value):
+            raise ValueError(f'"{value}" is none of auto, cpu, cuda, cuda:N')
+        return value
+
+    def engine_options(self) -> EngineOptions:
+        """What the engine process is told."""
+        return EngineOptions(
+            device=self.device,
+            dtype=self.dtype,
+            max_rows=self.max_rows,
+            max_waiting=self.max_waiting,
+            page_size=self.page_size,
+            max_step_positions=self.max_step_positions,
+            kv_bytes=None if self.kv_bytes is None else int(self.kv_bytes),
+            memory_fraction=self.memory_fraction,
+            overlapped=False if self.sync else None,
+        )
+
+    def model_names(self) -> tuple[str, ...]:
+        """The names clients may use for the model; the first is the one that responses default to."""
+        return self.served_model_name or (model_name(self.model),)
+
+    def log_config(self) -> LogConfig:
+        """How every process logs."""
+        return LogConfig(level=self.log_level, format=self.log_format)
+
+
+def flag_name(field: str) -> str:
+    """`max_rows` -> `--max-rows`."""
+    return "--" + field.replace("_", "-")
+
+
+def load_settings(flags: Mapping[str, object], environment: Mapping[str, str]) -> ServeSettings:
+    """The settings from all sources.
+
+    `flags` holds what was given on the command line by field name, and under "config" the path of a TOML file, which
+    the environment may name too. Raises ConfigError saying which flag, variable or key is at fault.
+    """
+    flags = dict(flags)
+    path = flags.pop("config", None) or environment.get(CONFIG_VARIABLE)
+    sources: dict[str, str] = {}
+    values: dict[str, object] = {}
+    if path:
+        values.update(_read_file(Path(str(path)).expanduser()))
+        sources.update({name: f"{path}: {name}" for name in values})
+    for name in ServeSettings.model_fields:
+        variable = ENVIRONMENT_PREFIX + name.upper()
+        # An empty variable is how a compose file spells one that is not set.
+        if environment.get(variable):
+            values[name], sources[name] = environment[variable], variable
+        if name in flags:
+            values[name], sources[name] = flags[name], flag_name(name)
+    try:
+        return ServeSettings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_describe(item, sources) for item in error.errors(include_url=False))) from None
+
+
+def _read_file(path: Path) -> dict[str, object]:
+    """The settings in a TOML file, spelt as flags (max-rows) or fields (max_rows)."""
+    try:
+        with path.open("rb") as file:
+            data = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    return {key.replace("-", "_"): value for key, value in data.items()}
+
+
+def _describe(item: Any, sources: Mapping[str, str]) -> str:
+    field = str(item["loc"][0]) if item["loc"] else ""
+    where = sources.get(field, field)
+    if item["type"] == "extra_forbidden":
+        return f"{where} is no setting"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    given = "" if item["type"] == "value_error" else f" (got {str(item['input'])[:80]!r})"
+    return f"{where}: {message}{given}"

@@ -1,0 +1,47 @@
+"""The port that clients connect to: bound once, by the supervisor, and inherited by the API processes."""
+
+import contextlib
+import errno
+import os
+import socket
+
+
+class PortError(Exception):
+    """The server cannot listen where it was told to. The message says what to do."""
+
+
+def bind_port(host: str, port: int) -> socket.socket:
+    """A listening TCP socket on `host` (a name or address) and `port` (0: any free one). Raises PortError."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        raise PortError(f"host: {host} is no address of this machine: {error}") from None
+    family, _, _, _, address = found[0]
+    with contextlib.ExitStack() as cleanup:
+        try:
+            listener = cleanup.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            # A server that was stopped a moment ago leaves connections in TIME_WAIT, which keep the port from nobody.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(socket.SOMAXCONN)
+        except OSError as error:
+            raise PortError(_explain(error, host, port)) from None
+        cleanup.pop_all()
+    return listener
+
+
+def server_url(listener: socket.socket) -> str:
+    """Where a client on this machine reaches the socket. A socket bound to every address is reached by loopback."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _explain(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use by another program: stop that one, or choose another port with --port"
+    if error.errno == errno.EACCES:
+        return f"listening on port {port} of {host} is not permitted to this user: choose a port from 1024 on"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"host: {host} is no address of this machine: use 127.0.0.1 (this machine only) or 0.0.0.0 (everybody)"
+    return f"cannot listen on port {port} of {host}: {os.strerror(error.errno or 0)}"

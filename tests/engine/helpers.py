@@ -1,0 +1,74 @@
+"""Small real models for engine tests: the golden random-weight models, whose greedy choices have clear margins."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig, ModelConfig, PromptAlignment
+from engine.core import EngineCore
+from engine.model.block_transformer import BlockTransformer
+from engine.model.naive import NaiveAnswer, NaiveBlockTransformer
+from engine.types import GenerationRequest
+from engine.weights import load_weights
+from kernels.dispatch import select_kernels
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CPU = torch.device("cpu")
+
+MAX_LENGTH = 128
+TIE = 1e-4
+"""design: a first differing token is accepted only where the oracle's two best scores lie this close."""
+
+
+@dataclass(frozen=True)
+class GoldenModel:
+    """A golden model and what a test changes of its config; short, so that a few pages make a pool."""
+
+    variant: str
+    alignment: PromptAlignment = "left_pad"
+    eos_token_id: int = 0
+
+    @property
+    def config(self) -> ModelConfig:
+        """The config with the changes."""
+        update = {"prompt_alignment": self.alignment, "eos_token_id": self.eos_token_id, "max_length": MAX_LENGTH}
+        return ModelConfig.load(GOLDEN / self.variant).model_copy(update=update)
+
+    def core(self, **options: object) -> EngineCore:
+        """An engine core in float32; `options` are fields of EngineConfig."""
+        config = EngineConfig.create(**options)
+        device = torch.device(config.device)
+        kernels = select_kernels(device)
+        tensors = {name: tensor.to(device) for name, tensor in golden_tensors(self.variant).items()}
+        model = BlockTransformer(self.config, tensors, kernels)
+        return EngineCore(name=self.variant, config=config, model=model, kernels=kernels)
+
+    def oracle(self, request: GenerationRequest) -> NaiveAnswer:
+        """The naive model's answer."""
+        naive = NaiveBlockTransformer(self.config, golden_tensors(self.variant))
+        return naive.generate(request.prompt_token_ids, request.params)
+
+
+@cache
+def golden_tensors(variant: str) -> dict[str, torch.Tensor]:
+    """The weights of a golden model in float32."""
+    return load_weights(GOLDEN / variant, ModelConfig.load(GOLDEN / variant), torch.float32, CPU)
+
+
+def is_tie(answer: NaiveAnswer, token_ids: list[int]) -> bool:
+    """Whether `token_ids` first differ from the oracle's answer at a token where it had a near tie.
+
+    Raises AssertionError where they differ anywhere else; False where they are equal.
+    """
+    expected = list(answer.token_ids)
+    if token_ids == expected:
+        return False
+    place = next((i for i, (a, b) in enumerate(zip(token_ids, expected, strict=False)) if a != b), None)
+    assert place is not None, (
+        f"{len(token_ids)} tokens came, {len(expected)} were expected, all equal as far as they go"
+    )
+    margin = answer.margins[place]
+    assert margin <= TIE, f"token {place} is {token_ids[place]}, not {expected[place]}, and the margin is {margin}"
+    return True

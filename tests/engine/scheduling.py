@@ -1,0 +1,78 @@
+"""What scheduler tests share: sequences made from numbers, a scheduler made from numbers, a model that is a formula."""
+
+from collections.abc import Sequence as Seq
+
+from engine.admission import AdmissionRule, may_admit
+from engine.alignment import align_prompt
+from engine.config import PromptAlignment
+from engine.page_pool import PagePool
+from engine.scheduler import Scheduler, StepPlan
+from engine.sequence import Sequence
+from engine.types import Delta, GenerationRequest, SamplingParams
+
+EOS = 0
+PAD = 99
+BLOCK_LENGTH = 4
+
+
+def make_sequence(
+    key: int,
+    prompt: int | Seq[int] = 4,
+    *,
+    params: SamplingParams | None = None,
+    max_tokens: int = 8,
+    priority: int = 0,
+    arrival: float = 0.0,
+    alignment: PromptAlignment = "left_pad",
+) -> Sequence:
+    """A sequence of a prompt, or of one of `prompt` tokens 101, 102, ..."""
+    token_ids = tuple(range(101, 101 + prompt)) if isinstance(prompt, int) else tuple(prompt)
+    request = GenerationRequest(
+        request_id=key,
+        prompt_token_ids=token_ids,
+        params=params or SamplingParams(max_tokens=max_tokens, seed=0),
+        priority=priority,
+    )
+    aligned = align_prompt(token_ids, BLOCK_LENGTH, alignment, PAD)
+    return Sequence(key=key, request=request, prompt=aligned, arrival=arrival, block_length=BLOCK_LENGTH)
+
+
+def make_scheduler(
+    *,
+    pages: int = 64,
+    max_rows: int = 4,
+    max_waiting: int = 16,
+    page_size: int = 2,
+    max_step_positions: int = 16,
+    admission: AdmissionRule = may_admit,
+) -> Scheduler:
+    """A scheduler with a pool of its own."""
+    return Scheduler(
+        pool=PagePool(pages),
+        max_rows=max_rows,
+        max_waiting=max_waiting,
+        page_size=page_size,
+        max_step_positions=max_step_positions,
+        block_length=BLOCK_LENGTH,
+        eos_token_id=EOS,
+        admission=admission,
+    )
+
+
+def commit_blocks(
+    scheduler: Scheduler, plan: StepPlan, blocks: Seq[Seq[int]] | None = None, now: float = 0.0
+) -> list[Delta]:
+    """Commit a step whose rows wrote `blocks` (default: tokens that end nothing), and check all invariants after it."""
+    if blocks is None:
+        blocks = [[*sequence.forced, 50, 50, 50, 50][:BLOCK_LENGTH] for sequence in plan.decode]
+    results = scheduler.commit(plan, blocks, [True] * len(blocks), now)
+    scheduler.check_integrity()
+    return [delta for _, delta in results]
+
+
+def must_schedule(scheduler: Scheduler, now: float = 0.0) -> StepPlan:
+    """The next step, where there has to be one; checks all invariants after it."""
+    plan = scheduler.schedule(now)
+    assert plan is not None
+    scheduler.check_integrity()
+    return plan

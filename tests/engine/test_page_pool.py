@@ -1,0 +1,91 @@
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from engine.page_pool import OutOfPagesError, PagePool
+
+
+def test_every_page_but_the_null_page_is_handed_out_once() -> None:
+    pool = PagePool(5)
+    assert sorted(pool.allocate(2) + pool.allocate(3)) == [1, 2, 3, 4, 5]
+    assert (pool.free, pool.used, pool.capacity) == (0, 5, 5)
+
+
+def test_asking_for_more_than_is_free_takes_nothing() -> None:
+    pool = PagePool(3)
+    pool.allocate(1)
+    with pytest.raises(OutOfPagesError, match="3 pages asked for, 2 of 3 free"):
+        pool.allocate(3)
+    assert pool.free == 2
+
+
+def test_a_shared_page_is_free_after_its_last_release() -> None:
+    pool = PagePool(1)
+    (page,) = pool.allocate(1)
+    pool.share(page)
+    pool.release([page])
+    assert pool.free == 0
+    pool.release([page])
+    assert pool.free == 1
+
+
+@pytest.mark.parametrize("page", [0, 1, 4, -1])
+def test_pages_that_are_not_in_use_are_neither_released_nor_shared(page: int) -> None:
+    pool = PagePool(3)
+    with pytest.raises(ValueError, match="released"):
+        pool.release([page])
+    with pytest.raises(ValueError, match="shared"):
+        pool.share(page)
+
+
+def test_a_pool_needs_a_page() -> None:
+    with pytest.raises(ValueError, match="at least one page"):
+        PagePool(0)
+
+
+@pytest.mark.parametrize("holders", [[], [[1, 1]], [[1], [1]], [[1, 2]], [[0, 1]]])
+def test_the_integrity_check_finds_wrong_holders(holders: list[list[int]]) -> None:
+    pool = PagePool(2)
+    assert pool.allocate(1) == [1]
+    pool.check_integrity([[1]])
+    with pytest.raises(AssertionError):
+        pool.check_integrity(holders)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Holders allocate, share and release at random; the pool has to agree with them at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = PagePool(6)
+        self.holders: list[list[int]] = []
+
+    @rule(count=st.integers(0, 8))
+    def allocate(self, count: int) -> None:
+        if count > self.pool.free:
+            with pytest.raises(OutOfPagesError):
+                self.pool.allocate(count)
+        else:
+            self.holders.append(self.pool.allocate(count))
+
+    @precondition(lambda self: any(self.holders))
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        pages = data.draw(st.sampled_from([pages for pages in self.holders if pages]))
+        for page in pages:
+            self.pool.share(page)
+        self.holders.append(list(pages))
+
+    @precondition(lambda self: bool(self.holders))
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.holders) - 1))
+        self.pool.release(self.holders.pop(index))
+
+    @invariant()
+    def agrees(self) -> None:
+        self.pool.check_integrity(self.holders)
+        assert self.pool.used == len({page for pages in self.holders for page in pages})
+
+
+TestPoolMachine = PoolMachine.TestCase

@@ -1,0 +1,63 @@
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.dispatch import Implementation, Kernels, select_kernels
+from kernels.sampler import SamplingTables
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CASES: list[tuple[Implementation, torch.device]] = (
+    [("torch", CPU), ("torch", CUDA), ("triton", CUDA)]
+    if torch.cuda.is_available()
+    else [("torch", CPU), ("triton", CPU)]
+)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """Each implementation in turn, to be called with tensors on the CPU."""
+    implementation, device = request.param
+    return called_from_cpu(select_kernels(device, implementation), device)
+
+
+@pytest.fixture
+def triton_kernels() -> Kernels:
+    """The Triton kernels: on a GPU where there is one, otherwise interpreted."""
+    implementation, device = CASES[-1]
+    return called_from_cpu(select_kernels(device, implementation), device)
+
+
+def called_from_cpu(kernels: Kernels, device: torch.device) -> Kernels:
+    """Kernels that take and return tensors on the CPU, and change their arguments there as on the device."""
+    if device.type == "cpu":
+        return kernels
+    return Kernels(**{field.name: _Moved(getattr(kernels, field.name), device) for field in fields(kernels)})
+
+
+class _Moved:
+    """A function whose tensors are moved to the device for the call, and what it changes moved back."""
+
+    def __init__(self, function: Any, device: torch.device) -> None:
+        self._function = function
+        self._device = device
+
+    def __call__(self, *arguments: Any) -> Any:
+        moved = [_move(argument, self._device) for argument in arguments]
+        result = self._function(*moved)
+        for argument, there in zip(arguments, moved, strict=True):
+            if isinstance(argument, Tensor):
+                back = there.cpu()
+                if not torch.equal(argument.nan_to_num(), back.nan_to_num()):
+                    argument.copy_(back)
+        return tuple(part.cpu() for part in result) if isinstance(result, tuple) else result.cpu()
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, SamplingTables):
+        return SamplingTables(**{name: table.to(device) for name, table in vars(value).items()})
+    return value

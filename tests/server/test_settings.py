@@ -1,0 +1,124 @@
+"""Settings from flags, environment and file."""
+
+from pathlib import Path
+
+import pytest
+
+from engine.config import ConfigError, EngineConfig
+from engine.model_files import DEFAULT_MODEL
+from engine.process_config import EngineOptions, LogConfig
+from server.settings import GROUPS, ServeSettings, flag_name, load_settings
+
+
+def test_defaults() -> None:
+    settings = load_settings({}, {})
+    assert settings == ServeSettings()
+    assert (settings.host, settings.port, settings.max_body_bytes) == ("127.0.0.1", 8000, 16 << 20)
+    assert settings.model_names() == (DEFAULT_MODEL,)
+    assert settings.log_config() == LogConfig(level="info", format="plain")
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text('port = 1\nmax-rows = 1\nmax_waiting = 1\nserved-model-name = ["a", "b"]\n', encoding="utf-8")
+    environment = {"BLOCKSERVE_CONFIG": str(file), "BLOCKSERVE_PORT": "2", "BLOCKSERVE_MAX_ROWS": "2"}
+    settings = load_settings({"port": "3"}, environment)
+    assert (settings.port, settings.max_rows, settings.max_waiting) == (3, 2, 1)
+    assert settings.model_names() == ("a", "b")
+
+
+def test_the_flag_for_the_file_wins_over_the_variable(tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text("port = 7", encoding="utf-8")
+    assert load_settings({"config": str(file)}, {"BLOCKSERVE_CONFIG": "/absent"}).port == 7
+
+
+def test_every_setting_can_come_from_the_environment() -> None:
+    texts = {
+        "model": "dir", "served_model_name": "a, b", "random_weights": "3", "host": "::1", "port": "0",
+        "device": "cuda:1",
+        "dtype": "bfloat16", "threads": "2", "max_rows": "4", "max_waiting": "5", "page_size": "8",
+        "max_step_positions": "99", "kv_bytes": "1GiB", "memory_fraction": "0.5", "max_choices": "6",
+        "max_stop_strings": "7", "max_body_bytes": "1MiB", "stream_chunks": "token", "drain_timeout": "1.5",
+        "step_timeout": "2.5", "log_level": "debug", "log_format": "json", "sync": "true",
+    }  # fmt: skip
+    assert set(texts) == set(ServeSettings.model_fields)
+    settings = load_settings({}, {f"BLOCKSERVE_{name.upper()}": text for name, text in texts.items()})
+    unchanged = [name for name, value in settings if value == getattr(ServeSettings(), name)]
+    assert unchanged == []
+    assert settings.served_model_name == ("a", "b")
+    assert settings.engine_options() == EngineOptions(
+        device="cuda:1", dtype="bfloat16", max_rows=4, max_waiting=5, page_size=8, max_step_positions=99,
+        kv_bytes=1 << 30, memory_fraction=0.5, overlapped=False,
+    )  # fmt: skip
+    assert ServeSettings.model_validate_json(settings.model_dump_json()) == settings
+
+
+def test_the_loop_is_the_engines_choice_unless_steps_are_to_be_taken_one_by_one() -> None:
+    assert load_settings({}, {}).engine_options().overlapped is None
+    assert load_settings({"sync": "true"}, {}).engine_options().overlapped is False
+
+
+def test_auto_and_empty_variables_are_defaults() -> None:
+    settings = load_settings({"device": "auto", "dtype": "auto"}, {"BLOCKSERVE_PORT": "", "BLOCKSERVE_MODEL": ""})
+    assert settings == ServeSettings()
+
+
+def test_variables_of_others_are_left_alone() -> None:
+    assert load_settings({}, {"BLOCKSERVE_SERVICE_HOST": "10.0.0.1", "PORT": "9"}) == ServeSettings()
+
+
+def test_engine_defaults_are_those_of_the_engine() -> None:
+    engine, options = EngineConfig(), ServeSettings().engine_options()
+    assert (options.max_waiting, options.page_size, options.memory_fraction) == (
+        engine.max_waiting, engine.page_size, engine.memory_fraction,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("port", "x"), ("port", "65536"), ("port", "-1"), ("host", " "), ("device", "tpu"), ("device", "cuda:x"),
+        ("dtype", "int8"), ("threads", "0"), ("max_rows", "0"), ("max_waiting", "0"), ("page_size", "9"),
+        ("page_size", "x"), ("max_step_positions", "1"), ("kv_bytes", "0"), ("kv_bytes", "-1"), ("kv_bytes", "1 XiB"),
+        ("memory_fraction", "1"), ("memory_fraction", "nan"), ("max_choices", "0"), ("max_stop_strings", "0"),
+        ("max_body_bytes", "10"), ("stream_chunks", "byte"), ("drain_timeout", "-1"), ("drain_timeout", "inf"),
+        ("step_timeout", "0"), ("log_level", "loud"), ("log_format", "xml"), ("served_model_name", "a,,b"),
+        ("served_model_name", "a,a"), ("served_model_name", "a\nb"), ("random_weights", "-1"),
+    ],
+)  # fmt: skip
+def test_the_error_names_where_the_value_came_from(name: str, text: str, tmp_path: Path) -> None:
+    variable = f"BLOCKSERVE_{name.upper()}"
+    with pytest.raises(ConfigError, match=f"^{variable}: "):
+        load_settings({}, {variable: text})
+    with pytest.raises(ConfigError, match=f"^{flag_name(name)}: "):
+        load_settings({name: text}, {})
+    file = tmp_path / "serve.toml"
+    escaped = text.replace("\n", "\\n")
+    file.write_text(f'{name} = "{escaped}"', encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"serve.toml: {name}: "):
+        load_settings({"config": str(file)}, {})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("prot = 1", "serve.toml: prot is no setting"), ("port 1", "not valid TOML"), ("port = [1]", "serve.toml: port")],
+)
+def test_a_bad_file(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load_settings({"config": str(file)}, {})
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_settings({"config": str(tmp_path / "absent.toml")}, {})
+
+
+def test_every_setting_has_what_its_help_needs() -> None:
+    for name, field in ServeSettings.model_fields.items():
+        assert field.description, name
+        assert isinstance(field.json_schema_extra, dict), name
+        assert field.json_schema_extra["group"] in GROUPS, name
+        assert field.default is not None or field.json_schema_extra["shown"], name

@@ -1,0 +1,57 @@
+"""Binding the port."""
+
+import os
+import socket
+
+import pytest
+
+from server.sockets import PortError, bind_port, server_url
+
+
+def test_a_bound_port_takes_connections_and_has_a_url() -> None:
+    with bind_port("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        assert server_url(listener) == f"http://127.0.0.1:{port}"
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+
+def test_a_port_in_use_is_named_with_what_to_do() -> None:
+    with bind_port("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(PortError, match=rf"port {port} on 127.0.0.1 is in use .* --port"):
+            bind_port("127.0.0.1", port)
+
+
+def test_a_port_can_be_bound_again_right_after_a_connection_on_it() -> None:
+    with bind_port("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port), timeout=5):
+            listener.accept()[0].close()  # the closing side keeps the connection in TIME_WAIT
+    bind_port("127.0.0.1", port).close()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a" * 70 + ".x", "1.2.3.4.5"])
+def test_an_address_of_somebody_else_is_refused(host: str) -> None:
+    with pytest.raises(PortError, match="is no address of this machine"):
+        bind_port(host, 0)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may bind any port")
+def test_a_privileged_port_is_refused_with_what_to_do() -> None:
+    with pytest.raises(PortError, match="from 1024 on"):
+        bind_port("127.0.0.1", 1)
+
+
+def test_every_address_is_reached_by_loopback() -> None:
+    with bind_port("0.0.0.0", 0) as listener:
+        assert server_url(listener).startswith("http://127.0.0.1:")
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+def test_an_ipv6_address_is_bracketed() -> None:
+    try:
+        listener = bind_port("::1", 0)
+    except PortError:
+        pytest.skip("no IPv6 loopback here")
+    with listener:
+        assert server_url(listener) == f"http://[::1]:{listener.getsockname()[1]}"

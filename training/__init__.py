@@ -1,0 +1,1 @@
+"""Trains, evaluates and exports the small Block Transformer that the server embeds as its default model."""

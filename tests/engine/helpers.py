@@ -17,7 +17,7 @@ from kernels.dispatch import select_kernels
 GOLDEN = Path(__file__).parent.parent / "golden"
 CPU = torch.device("cpu")
 
-MAX_LENGTH = 128
+MAX_POSITIONS = 32
 TIE = 1e-4
 """design: a first differing token is accepted only where the oracle's two best scores lie this close."""
 
@@ -33,8 +33,13 @@ class GoldenModel:
     @property
     def config(self) -> ModelConfig:
         """The config with the changes."""
-        update = {"prompt_alignment": self.alignment, "eos_token_id": self.eos_token_id, "max_length": MAX_LENGTH}
-        return ModelConfig.load(GOLDEN / self.variant).model_copy(update=update)
+        config = ModelConfig.load(GOLDEN / self.variant)
+        update = {
+            "prompt_alignment": self.alignment,
+            "eos_token_id": self.eos_token_id,
+            "max_length": MAX_POSITIONS * config.block_length,
+        }
+        return config.model_copy(update=update)
 
     def core(self, **options: object) -> EngineCore:
         """An engine core in float32; `options` are fields of EngineConfig."""

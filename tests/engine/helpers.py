@@ -16,6 +16,7 @@ from kernels.dispatch import select_kernels
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CPU = torch.device("cpu")
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 MAX_POSITIONS = 32
 TIE = 1e-4

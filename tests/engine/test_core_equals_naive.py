@@ -10,7 +10,7 @@ import pytest
 from engine.core import EngineCore
 from engine.sequence import SequenceState
 from engine.types import SEED_RANGE, Delta, GenerationRequest, SamplingParams
-from tests.engine.helpers import GoldenModel, is_tie
+from tests.engine.helpers import DEVICES, GoldenModel, is_tie
 
 MODELS = [
     GoldenModel("lookup_prefix2", "left_pad"),
@@ -162,9 +162,10 @@ def end_offset(model: GoldenModel, request: GenerationRequest, tokens: int) -> i
     return (forced + tokens - 1) % length
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("overlapped", [False, True], ids=["synchronous", "overlapped"])
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: f"{model.variant}-{model.alignment}")
-def test_engine_equals_naive(model: GoldenModel, overlapped: bool) -> None:
+def test_engine_equals_naive(model: GoldenModel, overlapped: bool, device: str) -> None:
     """Greedy and seeded tokens equal the oracle's over random mixes, with few rows, few pages and small chunks."""
     tally = Tally()
     config = model.config
@@ -177,6 +178,7 @@ def test_engine_equals_naive(model: GoldenModel, overlapped: bool) -> None:
         served = with_ending(model, arrivals, seed % config.block_length)
         max_rows = rng.randint(3 if crowd else 1, 4)
         core = served.core(
+            device=device,
             max_rows=max_rows,
             max_step_positions=max_rows + rng.randint(1, 8),
             page_size=8,

@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -30,19 +29,18 @@ from engine.messages import (
     Submit,
     ToEngine,
 )
+from engine.meter import EngineMeter
 from engine.metrics import MetricsRecorder
 from engine.process_config import EngineProcessConfig, read_process_config
 from engine.scheduler import QueueFullError
-from engine.types import Delta, EngineLoad, InvalidRequestError
+from engine.types import Delta, InvalidRequestError
 
 if TYPE_CHECKING:
-    from engine.core import EngineCore, StepReport
+    from engine.core import EngineCore
 
 log = logging.getLogger(__name__)
 
-FLUSH_SECONDS = 0.25
 STATUS_SECONDS = 0.5
-RATE_WINDOW_SECONDS = 5.0
 
 
 class EngineWorker:
@@ -53,7 +51,7 @@ class EngineWorker:
         self._listener = listener
         self._control = control
         self._open: dict[int, set[int]] = {}
-        self._meter = _Meter(core, MetricsRecorder(control.send), (str(index),))
+        self._meter = EngineMeter(core.info, MetricsRecorder(control.send), (str(index),))
         self._deadline: float | None = None
         self.step_started: float | None = None
         self.last_step = time.time()
@@ -61,17 +59,21 @@ class EngineWorker:
     def run(self) -> None:
         """Serve until a Shutdown message and the end of the open work, or its deadline."""
         while not self._finished():
-            timeout = 0.0 if self._core.has_work else self._meter.idle_timeout()
-            load_before = self._core.load_now
-            for peer_id, message in self._listener.poll(timeout):
-                self._handle(peer_id, message)
-            for control_message in self._control.poll():
-                if isinstance(control_message, Shutdown):
-                    self._deadline = time.monotonic() + control_message.deadline_s
-            delivered = self._step()
-            if not delivered and self._core.load_now != load_before:
-                self._publish({})
-            self._meter.tick(idle=not self._core.has_work)
+            self.turn(0.0 if self._core.has_work else self._meter.idle_timeout())
+
+    def turn(self, timeout: float | None) -> None:
+        """One turn of the loop: take the messages that come within `timeout` seconds (None: wait), and run a step."""
+        core = self._core
+        load_before = core.load_now
+        for peer_id, message in self._listener.poll(timeout):
+            self._handle(peer_id, message)
+        for control_message in self._control.poll():
+            if isinstance(control_message, Shutdown):
+                self._deadline = time.monotonic() + control_message.deadline_s
+        delivered = self._step()
+        if not delivered and core.load_now != load_before:
+            self._publish({})
+        self._meter.tick(core.load_now, core.preemptions, idle=not core.has_work)
 
     def _finished(self) -> bool:
         if self._deadline is None:
@@ -125,7 +127,8 @@ class EngineWorker:
             by_peer.setdefault(peer_id, []).append(delta)
             if delta.finish_reason is not None and peer_id in self._open:
                 self._open[peer_id].discard(request_id)
-        self._meter.count(report)
+        tokens = sum(len(delta.token_ids) for _, delta in report.deltas)
+        self._meter.count_step(rows=report.rows, tokens=tokens, seconds=report.seconds)
         self._publish(by_peer)
         return bool(by_peer)
 
@@ -133,60 +136,6 @@ class EngineWorker:
         load = self._core.load_now
         for peer_id in self._open:
             self._listener.send(peer_id, Deltas(deltas=by_peer.get(peer_id, []), load=load))
-
-
-class _Meter:
-    """Counts steps and publishes gauges, at most every FLUSH_SECONDS and when the engine goes idle."""
-
-    def __init__(self, core: "EngineCore", recorder: MetricsRecorder, labels: tuple[str, ...]) -> None:
-        self._core = core
-        self._recorder = recorder
-        self._labels = labels
-        self._next_flush = 0.0
-        self._published: EngineLoad | None = None
-        self._window: deque[tuple[float, int]] = deque()
-        self._rate_published = -1.0
-        info = core.info
-        recorder.gauge("model_info", 1, (*labels, info.model, info.device, info.dtype))
-        cache_labels = (*labels, str(info.page_size), str(info.pages))
-        recorder.gauge("cache_config_info", 1, cache_labels)
-        recorder.gauge("kv_pages_capacity", info.pages, labels)
-        recorder.gauge("engine_last_step_timestamp_seconds", time.time(), labels)
-
-    def count(self, report: "StepReport") -> None:
-        now = time.monotonic()
-        self._recorder.count("steps_total", labels=self._labels)
-        self._recorder.observe("step_seconds", report.seconds, self._labels)
-        self._recorder.observe("batch_rows", report.rows, self._labels)
-        self._recorder.gauge("engine_last_step_timestamp_seconds", time.time(), self._labels)
-        self._window.append((now, sum(len(delta.token_ids) for _, delta in report.deltas)))
-
-    def idle_timeout(self) -> float | None:
-        """How long an idle engine may sleep: until the rate gauge has to fall, or until a message comes."""
-        return FLUSH_SECONDS if self._window else None
-
-    def tick(self, *, idle: bool) -> None:
-        now = time.monotonic()
-        load = self._core.load_now
-        if now < self._next_flush and not (idle and (self._recorder.dirty or load != self._published)):
-            return
-        self._next_flush = now + FLUSH_SECONDS
-        self._gauges(now, load)
-        self._recorder.flush()
-
-    def _gauges(self, now: float, load: EngineLoad) -> None:
-        while self._window and self._window[0][0] < now - RATE_WINDOW_SECONDS:
-            self._window.popleft()
-        rate = sum(tokens for _, tokens in self._window) / RATE_WINDOW_SECONDS
-        if rate != self._rate_published:
-            self._rate_published = rate
-            self._recorder.gauge("generation_tokens_per_second", rate, self._labels)
-        if load != self._published:
-            self._published = load
-            self._recorder.gauge("requests_running", load.running, self._labels)
-            self._recorder.gauge("requests_waiting", load.waiting, self._labels)
-            self._recorder.gauge("kv_pages_used", load.pages_used, self._labels)
-            self._recorder.gauge("kv_cache_usage_ratio", load.pages_used / self._core.info.pages, self._labels)
 
 
 def _report_status(worker: EngineWorker, control: ControlChannel) -> None:

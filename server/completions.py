@@ -47,9 +47,13 @@ async def read_completion(request: Request, state: AppState) -> "CompletionRespo
         raise draining()
     body = await read_body(request, state.settings.max_body_bytes)
     arrival = time.monotonic()
-    completion = parse_completion_request(parse_json_object(body))
+    record = record_of(request.scope)
+    fields = parse_json_object(body)
     del body
-    return CompletionResponse(state, record_of(request.scope), completion, arrival)
+    # First of all: whatever is wrong with the rest, the client finds its own id in the answer and the log.
+    if isinstance(client_id := fields.get("request_id"), str):
+        record.take_client_id(client_id)
+    return CompletionResponse(state, record, parse_completion_request(fields), arrival)
 
 
 class CompletionResponse(Response):
@@ -73,8 +77,6 @@ class CompletionResponse(Response):
         self._outcome: Outcome = "abort"
         """Of the answers that do not come to their end."""
         record.fields |= {"model": self._model, "stream": completion.stream}
-        if completion.request_id is not None:
-            record.take_client_id(completion.request_id)
         if completion.user is not None:
             record.fields["user"] = completion.user
 

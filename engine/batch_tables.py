@@ -36,6 +36,7 @@ class BatchTables:
         rows = max_rows + 1
         self.device = device = staging.device
         self._upload = staging.upload
+        self.max_rows = max_rows
         self.padding_row = max_rows
         self._block_length = block_length
         self._eos_token_id = eos_token_id
@@ -78,7 +79,7 @@ class BatchTables:
         self.generated[rows] = self._upload([s.generated for s in sequences], np.int32)
         self.forced_tokens[rows] = self._upload(forced, np.int32)
         self.forced_length[rows] = self._upload([len(s.forced) for s in sequences], np.int32)
-        self.page_table[rows] = 0
+        self.page_table.index_fill_(0, rows, 0)
         sampling = self.sampling
         sampling.temperature[rows] = self._upload([p.temperature for p in params], np.float32)
         sampling.top_k[rows] = self._upload([p.top_k for p in params], np.int32)
@@ -97,13 +98,21 @@ class BatchTables:
             )
 
     def advance(self, row_index: Tensor, tokens: Tensor) -> None:
-        """After a decode step: rows `row_index` [R] have written `tokens` [R, L]. No host synchronisation."""
+        """After a decode step: rows `row_index` [R] have written `tokens` [R, L]. No host synchronisation.
+
+        Everything is allocated before anything is written, so a step that runs out of memory can be run again.
+        """
         index = row_index.long()
-        self.last_block[index] = tokens.to(torch.int32)
-        self.position[index] += 1
-        self.generated[index] += self._block_length - self.forced_length[index]
-        self.forced_length[index] = 0
-        self.position[self.padding_row] = 0
+        forced_length = self.forced_length[index]
+        last_block = tokens.to(torch.int32)
+        position = self.position[index] + 1
+        generated = self.generated[index] + (self._block_length - forced_length)
+        nothing_forced = torch.zeros_like(forced_length)
+        self.last_block[index] = last_block
+        self.position[index] = position
+        self.generated[index] = generated
+        self.forced_length[index] = nothing_forced
+        self.position[self.padding_row].zero_()
 
     def _suppressed_ids(self, sequence: Sequence) -> tuple[int, ...]:
         params = sequence.request.params

@@ -6,7 +6,7 @@
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
-from engine.types import Delta, EngineInfo, GenerationRequest, RejectCode
+from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, RejectCode
 
 
 class EngineRejectedError(Exception):
@@ -44,6 +44,11 @@ class EngineClient(Protocol):
     @property
     def info(self) -> EngineInfo | None:
         """What is served; None until the first engine is up."""
+        ...
+
+    @property
+    def load(self) -> EngineLoad:
+        """How busy the engines are, added up, as they last said."""
         ...
 
     def next_request_id(self) -> int:

@@ -184,6 +184,16 @@ class SocketEngineClient:
         """What is served; None until the first engine has said so. Kept while engines restart."""
         return next((c.info for c in self._connections if c.info is not None), None)
 
+    @property
+    def load(self) -> EngineLoad:
+        """How busy the engines are, added up, as they last said: after a step, and whenever a request comes or goes."""
+        loads = [connection.load for connection in self._connections]
+        return EngineLoad(
+            running=sum(load.running for load in loads),
+            waiting=sum(load.waiting for load in loads),
+            pages_used=sum(load.pages_used for load in loads),
+        )
+
     def start(self) -> None:
         """Begin to connect. Needs a running event loop."""
         self._tasks = [asyncio.create_task(connection.run()) for connection in self._connections]

@@ -10,6 +10,9 @@ from engine.detokenizer import ByteLevelDecoder, IncrementalDecoder, StreamDecod
 from engine.token_bounds import longest_token_bytes
 from engine.types import InvalidRequestError
 
+SPECIAL_TOKENS = ("eos_token", "bos_token", "pad_token", "unk_token")
+"""Names under which tokenizer_config.json tells how these tokens read."""
+
 
 class TokenizerError(ValueError):
     """A model directory without a usable tokenizer. The message names the file at fault and what to do."""
@@ -18,8 +21,19 @@ class TokenizerError(ValueError):
 class Tokenizer:
     """A model's tokenizer. Immutable, so any number of answers may share one."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, eos_token: str | None = None) -> None:
-        """Serve `tokenizer`, whose end-of-text token reads `eos_token`. Raises TokenizerError if it has none such."""
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        eos_token: str | None = None,
+        *,
+        bos_token: str | None = None,
+        pad_token: str | None = None,
+        unk_token: str | None = None,
+    ) -> None:
+        """Serve `tokenizer`, whose end-of-text token reads `eos_token`. Raises TokenizerError if it has none such.
+
+        The other tokens are for clients that ask what they are called; nothing here uses them.
+        """
         # A file may carry the truncation and padding of its training: prompts would be cut or filled silently.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -29,6 +43,9 @@ class Tokenizer:
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         """Token ids are below this. A model's own vocabulary may be larger: the rest decodes to nothing."""
         self.eos_token = eos_token
+        self.bos_token = bos_token
+        self.pad_token = pad_token
+        self.unk_token = unk_token
         self.eos_token_id = None if eos_token is None else tokenizer.token_to_id(eos_token)
         """None where the tokenizer does not say which token ends a text."""
         if eos_token is not None and self.eos_token_id is None:
@@ -52,11 +69,12 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # noqa: BLE001 - the library raises nothing more specific
             raise TokenizerError(f"{path} is not a tokenizer of the tokenizers library: {error}") from None
-        return cls(tokenizer, _eos_token(directory / "tokenizer_config.json"))
+        return cls(tokenizer, **_special_tokens(directory / "tokenizer_config.json"))
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, nothing added. Text that spells a special token is that token.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text. Text that spells a special token is that token.
 
+        `add_special_tokens` adds what tokenizer.json says belongs around a text; for most models that is nothing.
         Raises InvalidRequestError for text that is not Unicode (unpaired surrogates).
         """
         try:
@@ -65,7 +83,7 @@ class Tokenizer:
             raise InvalidRequestError(
                 "prompt", f"the prompt is not valid Unicode: unpaired surrogate at character {error.start}"
             ) from None
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def fewest_tokens(self, text: str) -> int:
         """A number of tokens that the text certainly has, known at once: a far too long one need not be encoded."""
@@ -77,6 +95,10 @@ class Tokenizer:
         """The text of all these ids at once. Ids outside the vocabulary stand for nothing."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """How the vocabulary spells each token, which is not its text; "" for ids outside of it."""
+        return [self._tokenizer.id_to_token(token) or "" for token in token_ids]
+
     def new_decoder(self) -> IncrementalDecoder:
         """Decodes one answer as it comes, special tokens skipped."""
         if self._token_bytes is None:
@@ -84,16 +106,20 @@ class Tokenizer:
         return ByteLevelDecoder(self._token_bytes)
 
 
-def _eos_token(path: Path) -> str | None:
+def _special_tokens(path: Path) -> dict[str, str | None]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"cannot read {path}: {error}") from None
-    token = config.get("eos_token") if isinstance(config, dict) else None
+    return {name: _special_token(path, config, name) for name in SPECIAL_TOKENS} if isinstance(config, dict) else {}
+
+
+def _special_token(path: Path, config: dict[str, object], name: str) -> str | None:
+    token = config.get(name)
     if isinstance(token, dict):
         token = token.get("content")
     if token is not None and not isinstance(token, str):
-        raise TokenizerError(f"{path}: eos_token has to be a text or an object with a text as its content")
+        raise TokenizerError(f"{path}: {name} has to be a text or an object with a text as its content")
     return token

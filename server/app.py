@@ -8,18 +8,14 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from server.app_state import AppState
-from server.completions import read_completion, unknown_model
+from server.completions import read_completion
 from server.errors import ApiError, draining, unavailable
-from server.protocol import CompletionRequest
+from server.model_names import unknown_model
+from server.protocol import CompletionRequest, StrictModel
 from server.request_scope import RequestScope
+from server.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
 
 OPENMETRICS = "application/openmetrics-text"
-COMPLETION_SCHEMA: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": CompletionRequest.model_json_schema()}},
-    }
-}
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +28,13 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     root: str
     max_model_len: int | None
     """Tokens of prompt and answer together; None while the model loads."""
+
+
+class LoadBody(msgspec.Struct, frozen=True):
+    """GET /load: requests that hold a row, and requests that wait for one."""
+
+    running: int
+    waiting: int
 
 
 class ModelList(msgspec.Struct, frozen=True):
@@ -49,6 +52,7 @@ def create_app(state: AppState) -> FastAPI:
     app.add_middleware(RequestScope, recorder=state.metrics)
     app.add_exception_handler(HTTPException, _in_envelope)
     _add_api_routes(app, state)
+    _add_tokenizer_routes(app, state)
     _add_operation_routes(app, state)
     return app
 
@@ -68,9 +72,27 @@ def _add_api_routes(app: FastAPI, state: AppState) -> None:
             raise unknown_model(model_id)
         return _json(_card(state, model_id))
 
-    app.add_api_route("/v1/completions", completions, methods=["POST"], openapi_extra=COMPLETION_SCHEMA)
+    app.add_api_route("/v1/completions", completions, methods=["POST"], openapi_extra=_takes(CompletionRequest))
     app.add_api_route("/v1/models", models)
     app.add_api_route("/v1/models/{model_id:path}", model)
+
+
+def _add_tokenizer_routes(app: FastAPI, state: AppState) -> None:
+    async def post_tokenize(request: Request) -> Response:
+        """The token ids of a text."""
+        return _json(await tokenize(request, state))
+
+    async def post_detokenize(request: Request) -> Response:
+        """The text of token ids."""
+        return _json(await detokenize(request, state))
+
+    async def get_tokenizer_info() -> Response:
+        """The special tokens and sizes of the tokenizer."""
+        return _json(tokenizer_info(state))
+
+    app.add_api_route("/tokenize", post_tokenize, methods=["POST"], openapi_extra=_takes(TokenizeRequest))
+    app.add_api_route("/detokenize", post_detokenize, methods=["POST"], openapi_extra=_takes(DetokenizeRequest))
+    app.add_api_route("/tokenizer_info", get_tokenizer_info)
 
 
 def _add_operation_routes(app: FastAPI, state: AppState) -> None:
@@ -100,8 +122,18 @@ def _add_operation_routes(app: FastAPI, state: AppState) -> None:
         """Version and, in a checkout, its commit."""
         return _json(state.version)
 
-    for endpoint in (health, ready, metrics, version):
+    async def load() -> Response:
+        """How many requests run and wait, as the engines last said."""
+        return _json(LoadBody(running=state.engine.load.running, waiting=state.engine.load.waiting))
+
+    for endpoint in (health, ready, metrics, version, load):
         app.add_api_route(f"/{endpoint.__name__}", endpoint)
+
+
+def _takes(model: type[StrictModel]) -> dict[str, Any]:
+    """What the schema says of a route that reads its body itself."""
+    content = {"application/json": {"schema": model.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _card(state: AppState, name: str) -> ModelCard:

@@ -1,6 +1,5 @@
 """POST /v1/completions: from the request's body to the engine, and from its deltas to the response."""
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -17,8 +16,10 @@ from server.answer_metrics import Outcome
 from server.app_state import AppState
 from server.choices import Choice, Piece, PreparedPrompt, make_choices
 from server.disconnect import ClientGoneError, noticing, unless_disconnected
-from server.errors import ApiError, as_api_error, draining, generation_failed, internal, invalid, unavailable
+from server.errors import as_api_error, draining, generation_failed, internal, invalid, unavailable
 from server.json_body import parse_json_object, read_body
+from server.model_names import served_model
+from server.off_loop import off_loop_if_long
 from server.protocol import (
     ChoiceBody,
     CompletionBody,
@@ -37,8 +38,6 @@ log = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 16
 MAX_GROUP_TOKENS = 8 << 20
 """Prompt tokens of all answers to one request. They travel to the engine in one message, up to 5 bytes each."""
-INLINE_CHARACTERS = 1 << 14
-"""Text that is tokenised where it stands; more is left to a thread, so that nobody else waits for it."""
 
 
 async def read_completion(request: Request, state: AppState) -> "CompletionResponse":
@@ -70,7 +69,7 @@ class CompletionResponse(Response):
         self._record = record
         self._completion = completion
         self._arrival = arrival
-        self._model = _served_model(state, completion.model)
+        self._model = served_model(state, completion.model)
         self._created = int(time.time())
         self._prompt_tokens = 0
         self._choices: list[Choice] = []
@@ -155,9 +154,7 @@ class CompletionResponse(Response):
             # An empty text begins as training texts do: after the end of another.
             return [one or [eos_token_id] for one in ids]
 
-        if sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) <= INLINE_CHARACTERS:
-            return encode()
-        return await asyncio.to_thread(encode)
+        return await off_loop_if_long(encode, sum(len(prompt) for prompt in prompts if isinstance(prompt, str)))
 
     async def _submit(self) -> Answers:
         try:
@@ -274,21 +271,6 @@ class CompletionResponse(Response):
         }
         if first:
             self._record.fields["first_token_s"] = round(min(first), 6)
-
-
-def _served_model(state: AppState, asked: str | None) -> str:
-    names = state.model_names
-    if asked is None:
-        return names[0]
-    if asked not in names:
-        raise unknown_model(asked)
-    return asked
-
-
-def unknown_model(name: str) -> ApiError:
-    """404: the client asked for a model that is not served here."""
-    message = f"the model {show(name)} is not served here; GET /v1/models lists what is"
-    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def _prepare_prompt(

@@ -4,7 +4,7 @@ Ranges of numbers are the business of `engine.validation`, which the engine's bo
 """
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -49,11 +49,16 @@ PROMPT_SCHEMA = {
 }
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
+    """Fields of a request as they have to be: none unknown, none of another type."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
+M = TypeVar("M", bound=StrictModel)
+
+
+class StreamOptions(StrictModel):
     """Options that go with `stream`."""
 
     include_usage: bool = False
@@ -63,7 +68,7 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-class CompletionRequest(_Strict):
+class CompletionRequest(StrictModel):
     """The fields of a completion request; null stands for the default and was removed before."""
 
     prompt: Annotated[Any, WithJsonSchema(PROMPT_SCHEMA)]
@@ -88,6 +93,14 @@ class CompletionRequest(_Strict):
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}\z")] | None = None
 
 
+def parse_fields(kind: type[M], fields: dict[str, Any]) -> M:
+    """The request in a JSON object without nulls. Raises ApiError 400 whose `param` names the field at fault."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _as_invalid(error.errors(include_url=False, include_context=False)[0]) from None
+
+
 def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
     """The request in a JSON object without nulls. Raises ApiError 400 whose `param` names the field at fault."""
     body = dict(body)
@@ -97,10 +110,7 @@ def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
     options = body.get("stream_options")
     if isinstance(options, dict):
         body["stream_options"] = _stream_options(options)
-    try:
-        request = CompletionRequest.model_validate(body)
-    except ValidationError as error:
-        raise _as_invalid(error.errors(include_url=False, include_context=False)[0]) from None
+    request = parse_fields(CompletionRequest, body)
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options", "stream_options goes with stream: true only")
     if request.best_of is not None and request.best_of != request.n:

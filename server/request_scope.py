@@ -18,7 +18,7 @@ CLIENT_GONE = 499
 UNMATCHED = "other"
 """Stands in labels for paths and methods that are none of ours: no label holds a client's text."""
 KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
-PROBES = frozenset({"/health", "/ready", "/metrics"})
+PROBES = frozenset({"/health", "/ready", "/metrics", "/load"})
 """Asked every few seconds by machines; logged at level debug."""
 
 

@@ -254,3 +254,25 @@ def test_a_socket_file_left_behind_is_replaced(listener: MessageListener, tmp_pa
     with connect(tmp_path / "l"):
         assert [type(message) for _, message in successor.poll(1)] == [Connected]
     successor.close()
+
+
+async def test_the_load_is_what_all_engines_said_last(tmp_path: Path) -> None:
+    client = SocketEngineClient([tmp_path / "engine.sock", tmp_path / "engine1.sock"])
+    client.start()
+    engines = [ScriptedEngine(tmp_path / "engine.sock"), ScriptedEngine(tmp_path / "engine1.sock")]
+    try:
+        assert client.load == EngineLoad()
+        for engine, load in zip(engines, (EngineLoad(running=2, waiting=1), EngineLoad(running=5)), strict=True):
+            peer_id, _ = await engine.next(Connected)
+            engine.listener.send(peer_id, Deltas(deltas=[], load=load))
+        async with asyncio.timeout(5):
+            while client.load != EngineLoad(running=7, waiting=1):
+                await asyncio.sleep(0.001)
+        await engines.pop().close()
+        async with asyncio.timeout(5):
+            while client.load != EngineLoad(running=2, waiting=1):
+                await asyncio.sleep(0.001)
+    finally:
+        for engine in engines:
+            await engine.close()
+        await client.close()

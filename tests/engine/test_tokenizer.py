@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 
 from engine.tokenizer import Tokenizer, TokenizerError
 from engine.types import InvalidRequestError
@@ -68,6 +69,31 @@ def test_a_tokenizer_may_not_say_which_token_ends_a_text(directory: Path, config
     assert Tokenizer.load(directory).eos_token_id is None
 
 
+def test_other_special_tokens_are_known_by_name(directory: Path) -> None:
+    config = {"eos_token": END_OF_TEXT, "bos_token": {"content": "<s>"}, "pad_token": "<pad>", "unk_token": None}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(directory)
+    assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == (END_OF_TEXT, "<s>", "<pad>")
+    assert tokenizer.unk_token is None
+
+
+def test_what_the_file_puts_around_a_text_is_added_unless_it_is_not_wanted(tmp_path: Path) -> None:
+    trained = byte_level()
+    trained.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    save(trained, tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    bare = Tokenizer(byte_level()).encode("a fox")
+    assert tokenizer.encode("a fox") == [0, *bare]
+    assert tokenizer.encode("a fox", add_special_tokens=False) == bare
+
+
+def test_token_strings_are_those_of_the_vocabulary(directory: Path) -> None:
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.token_strings([0, *tokenizer.encode("é x"), 320]) == [END_OF_TEXT, "Ã", "©", "Ġ", "x", ""]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -78,6 +104,7 @@ def test_a_tokenizer_may_not_say_which_token_ends_a_text(directory: Path, config
         ("tokenizer_config.json", b"{", "cannot read .*tokenizer_config.json"),
         ("tokenizer_config.json", b"[" * 100_000, "cannot read .*tokenizer_config.json"),
         ("tokenizer_config.json", b'{"eos_token": 3}', "eos_token has to be a text"),
+        ("tokenizer_config.json", b'{"bos_token": {"content": 3}}', "bos_token has to be a text"),
         ("tokenizer_config.json", b'{"eos_token": "<none>"}', "eos_token '<none>' is not in the vocabulary"),
     ],
 )

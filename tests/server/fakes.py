@@ -9,12 +9,13 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
+from tokenizers import processors
 
 from engine.client import EngineUnavailableError
 from engine.messages import MetricsIncrement, ServiceState
 from engine.metrics import MetricsRecorder
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, EngineInfo, GenerationRequest, Timing
+from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, Timing
 from server.app import create_app
 from server.app_state import AppState
 from server.settings import ServeSettings
@@ -41,9 +42,14 @@ TIMING = Timing(queue=0.25, prefill=0.5)
 
 
 @cache
-def tokenizer() -> Tokenizer:
-    """The byte-level tokenizer of the tests; id 0 ends a text."""
-    return Tokenizer(byte_level(), END_OF_TEXT)
+def tokenizer(*, adds_special_tokens: bool = False) -> Tokenizer:
+    """The byte-level tokenizer of the tests; id 0 ends a text, and begins one if special tokens are added."""
+    model = byte_level()
+    if adds_special_tokens:
+        model.post_processor = processors.TemplateProcessing(
+            single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, EOS)]
+        )
+    return Tokenizer(model, END_OF_TEXT)
 
 
 def reply_deltas(request: GenerationRequest, text: str = REPLY) -> list[Delta]:
@@ -101,6 +107,7 @@ class FakeEngine:
     def __init__(self, script: Callable[[GenerationRequest], list[Delta]] | None = reply_deltas) -> None:
         self.script = script
         self.info: EngineInfo | None = INFO
+        self.load = EngineLoad()
         self.groups: list[FakeAnswers] = []
         self.refuse: Exception | None = None
         self.accepts = asyncio.Event()
@@ -158,14 +165,14 @@ class Counted:
 class Harness:
     """An application over a fake engine."""
 
-    def __init__(self, engine: FakeEngine | None = None, **settings: Any) -> None:
+    def __init__(self, engine: FakeEngine | None = None, spoken: Tokenizer | None = None, **settings: Any) -> None:
         self.engine = engine or FakeEngine()
         self.counted = Counted()
         self.rendered: list[bool] = []
         self.render_error: Exception | None = None
         self.state = AppState(
             engine=self.engine,
-            tokenizer=tokenizer(),
+            tokenizer=spoken or tokenizer(),
             settings=ServeSettings(served_model_name=("fox", "fox-alias"), **settings),
             metrics=MetricsRecorder(self.counted.add),
             render_metrics=self.render,

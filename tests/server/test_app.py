@@ -5,9 +5,10 @@ import re
 
 import httpx
 import pytest
+from starlette.routing import Route
 
 from engine.messages import ServiceState
-from engine.types import GenerationRequest
+from engine.types import EngineLoad, GenerationRequest
 from tests.server.fakes import FakeEngine, Harness
 from tests.server.test_hostile_requests import is_envelope
 
@@ -85,9 +86,25 @@ async def test_version() -> None:
     assert (await get(Harness(), "/version")).json() == {"version": "1.2.3", "commit": "abc"}
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1/models", "/v1/models/fox", "/health", "/ready", "/metrics", "/version", "/nothing"]
-)
+async def test_the_load_is_what_the_engine_said_last() -> None:
+    harness = Harness()
+    assert (await get(harness, "/load")).json() == {"running": 0, "waiting": 0}
+    harness.engine.load = EngineLoad(running=3, waiting=7, pages_used=5)
+    assert (await get(harness, "/load")).json() == {"running": 3, "waiting": 7}
+
+
+def paths_that_get_works_on() -> list[str]:
+    """Every route of the application that takes GET, as a path, and one that is not there."""
+    routes = [route for route in Harness().app.routes if isinstance(route, Route) and "GET" in (route.methods or ())]
+    return [*(route.path.replace("{model_id:path}", "fox") for route in routes), "/nothing"]
+
+
+def test_the_paths_are_those_of_the_contract() -> None:
+    expected = {"/v1/models", "/v1/models/fox", "/health", "/ready", "/metrics", "/version", "/load", "/tokenizer_info"}
+    assert expected <= set(paths_that_get_works_on())
+
+
+@pytest.mark.parametrize("path", paths_that_get_works_on())
 async def test_head_is_get_without_the_body(path: str) -> None:
     harness = Harness()
     head, whole = await get(harness, path, "HEAD"), await get(harness, path)
@@ -106,7 +123,8 @@ async def test_paths_that_are_not_there(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/v1/completions"), ("HEAD", "/v1/completions"), ("POST", "/health")]
+    ("method", "path"),
+    [("GET", "/v1/completions"), ("HEAD", "/v1/completions"), ("POST", "/health"), ("GET", "/tokenize")],
 )
 async def test_methods_that_a_path_does_not_take(method: str, path: str) -> None:
     response = await get(Harness(), path, method)

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +144,7 @@ class EngineCore:
         """
         started = self._clock()
         plan = self._scheduler.schedule(started)
-        launched = None if plan is None else (plan, self._runner.launch(plan))
+        launched = None if plan is None else (plan, self._runner.launch(plan, self._given_up()))
         if self._config.overlapped:
             launched, self._in_flight = self._in_flight, launched
         if launched is None:
@@ -152,12 +152,16 @@ class EngineCore:
         plan, step = launched
         result = step.wait()
         now = self._clock()
-        deltas = self._scheduler.commit(plan, result.tokens, result.finite, now)
+        deltas = self._scheduler.commit(plan, result.tokens, result.finite, now, failed=result.failed)
         return StepReport(deltas, len(plan.decode), now - started)
 
     def check_integrity(self) -> None:
         """AssertionError if rows, pages or states do not add up."""
         self._scheduler.check_integrity()
+
+    def _given_up(self) -> Collection[Sequence]:
+        """Sequences that the scheduler will learn of at the next commit: they have failed."""
+        return () if self._in_flight is None else self._in_flight[1].failed
 
     def _sequence(self, key: Hashable, request: GenerationRequest, now: float) -> Sequence:
         model = self._model_config

@@ -40,10 +40,15 @@ class DecodeGraphs:
         self._staging = staging
         self._max_rows = max_rows
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all captures: cuBLAS keeps a workspace for each stream that it has seen.
+        self._warm_up_stream = torch.cuda.Stream()
         self._captured: dict[int, _Captured] = {}
 
     def run(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """As `DecodeStep.run`, for the rows of the list; what is returned is overwritten by the next run."""
+        """As `DecodeStep.run`, for the rows of the list; what is returned is overwritten by the next run.
+
+        Where a capture runs out of memory, no graph is kept and no row has changed.
+        """
         bucket = bucket_of(len(rows), self._max_rows)
         captured = self._captured.get(bucket)
         if captured is None:
@@ -56,13 +61,20 @@ class DecodeGraphs:
     def _capture(self, bucket: int) -> _Captured:
         # Only the padding row is written while warming up (which compiles kernels) and while capturing.
         row_index = torch.full((bucket,), self._tables.padding_row, dtype=torch.int32, device=self._tables.device)
-        stream = torch.cuda.Stream()
+        stream = self._warm_up_stream
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_RUNS):
-                self._step.run(row_index)
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_RUNS):
+                    self._step.run(row_index)
+        finally:
+            # Also after running out of memory: what was launched by then writes to the scratch cache all the same.
+            torch.cuda.current_stream().wait_stream(stream)
+        if not self._captured:
+            # A pool ends with the last graph in it: after a capture that failed, the one before may be gone.
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # The outer context leads back to this stream: where ending a broken capture fails too, torch's own does not.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
             tokens, finite = self._step.run(row_index)
         return _Captured(graph, row_index, tokens, finite)

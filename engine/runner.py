@@ -1,53 +1,85 @@
-"""Runs one step on the device: prompt chunks first, then one block for every decoding row."""
+"""Runs one step on the device: prompt chunks first, then one block for every decoding row.
 
+Where memory runs out, the step is tried again in smaller parts; only what fails by itself is given up.
+"""
+
+import logging
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.batch_tables import BatchTables
+from engine.decode_limit import DecodeLimit
 from engine.decode_step import DecodeStep
 from engine.graphs import DecodeGraphs
 from engine.kv_cache import KVCache
 from engine.model.block_decoder import PrefillBatch
 from engine.model.block_transformer import BlockTransformer
+from engine.out_of_memory import is_out_of_memory
 from engine.scheduler import PrefillChunk, StepPlan
+from engine.sequence import Sequence
 from engine.staging import Staging
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class StepTokens:
-    """What a step wrote: tokens [rows, L] and, per row, whether its logits were finite. On the host."""
+    """What a step wrote: tokens [rows, L] and, per row, whether its logits were finite. On the host.
+
+    A row of a sequence that failed has no tokens, here or in the step before.
+    """
 
     tokens: list[list[int]]
     finite: list[bool]
+    failed: Collection[Sequence]
+    """Sequences that the device had not the memory for; they cannot go on."""
 
 
 class StepInFlight:
     """A step that was launched. `wait` gives its tokens; until then the host is free."""
 
-    def __init__(self, tokens: Tensor | None, finite: Tensor | None) -> None:
-        """tokens [rows, L] and finite [rows] on the device, or None for a step that decodes nothing."""
-        self._tokens, self._finite = tokens, finite
+    def __init__(self, decode: Seq[Sequence]) -> None:
+        """`decode`: whose rows the step was to decode."""
+        self.failed: set[Sequence] = set()
+        """Known at once, without waiting for the device."""
+        self._decode = decode
+        self._written: list[Sequence] = []
+        self._parts: list[tuple[Tensor, Tensor]] = []
         self._arrived: torch.cuda.Event | None = None
-        if tokens is not None and finite is not None and tokens.device.type == "cuda":
-            # Into memory of this step's own: a graph's outputs are overwritten by the next step.
-            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._finite = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
-            self._finite.copy_(finite, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+
+    def add(self, sequences: Seq[Sequence], tokens: Tensor, finite: Tensor) -> None:
+        """Take what the next of the rows wrote: tokens [rows, L] and finite [rows], on the device."""
+        self._written += sequences
+        if tokens.device.type == "cuda":
+            # Into memory of this step's own: a graph's outputs are overwritten by the next run.
+            tokens_here = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            finite_here = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
+            tokens, finite = tokens_here.copy_(tokens, non_blocking=True), finite_here.copy_(finite, non_blocking=True)
+            self._arrived = self._arrived or torch.cuda.Event()
             self._arrived.record()
+        self._parts.append((tokens, finite))
 
     def wait(self) -> StepTokens:
         """The tokens, once the device has written them."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        if self._tokens is None or self._finite is None:
-            return StepTokens([], [])
-        return StepTokens(self._tokens.tolist(), self._finite.tolist())
+        tokens = list(chain.from_iterable(part.tolist() for part, _ in self._parts))
+        finite = list(chain.from_iterable(part.tolist() for _, part in self._parts))
+        if len(self._written) < len(self._decode):
+            at = {sequence: place for place, sequence in enumerate(self._written)}
+            tokens = [tokens[at[sequence]] if sequence in at else [] for sequence in self._decode]
+            finite = [sequence not in at or finite[at[sequence]] for sequence in self._decode]
+        return StepTokens(tokens, finite, self.failed)
 
 
 class Runner:
@@ -71,23 +103,78 @@ class Runner:
         self._tables = tables
         self._staging = staging
         self._block_length = model.config.block_length
+        self._limit = DecodeLimit(tables.max_rows)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> StepInFlight:
-        """Queue the step that `plan` describes. On CUDA this does not wait for the device; on the CPU it computes."""
+    def launch(self, plan: StepPlan, given_up: Collection[Sequence] = ()) -> StepInFlight:
+        """Queue the step that `plan` describes. On CUDA this does not wait for the device; on the CPU it computes.
+
+        `given_up`: sequences that failed in a step which is not committed yet; nothing is done for them.
+        """
+        step = StepInFlight(plan.decode)
         with self._staging.step():
             self._tables.bind(plan.bound)
             self._tables.set_pages(plan.page_entries)
-            if plan.prefill:
-                self._prefill(plan.prefill)
-            if not plan.decode:
-                return StepInFlight(None, None)
-            rows = [sequence.bound_row for sequence in plan.decode]
-            if self._graphs is not None:
-                return StepInFlight(*self._graphs.run(rows))
-            return StepInFlight(*self._decode.run(self._staging.upload(rows, np.int32)))
+            chunks, decode = plan.prefill, plan.decode
+            if given_up:
+                chunks = [chunk for chunk in chunks if chunk.sequence not in given_up]
+            self._prefill(chunks, step)
+            if given_up or step.failed:
+                decode = [s for s in decode if s not in given_up and s not in step.failed]
+            self._decode_rows(decode, step)
+        if step.failed:
+            ids = sorted(sequence.request.request_id for sequence in step.failed)
+            log.warning("the device ran out of memory; requests fail", extra={"step": plan.number, "requests": ids})
+        return step
 
-    def _prefill(self, chunks: Seq[PrefillChunk]) -> None:
+    def _attempt(self, work: Callable[[], T]) -> T | None:
+        """Do it; None where memory ran out. Work that can be attempted changes nothing that a second run would miss."""
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Only here, where the traceback is gone and with it what the attempt has allocated.
+        if self._tables.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _prefill(self, chunks: Seq[PrefillChunk], step: StepInFlight) -> None:
+        """Run the chunks at once, or, where memory does not suffice for that, each by itself."""
+        if not chunks or self._attempt(partial(self._run_chunks, chunks)):
+            return
+        for chunk in chunks:
+            if not self._attempt(partial(self._run_chunks, [chunk])):
+                step.failed.add(chunk.sequence)
+
+    def _decode_rows(self, sequences: Seq[Sequence], step: StepInFlight) -> None:
+        """Decode the rows at once, or in as small parts as memory demands."""
+        start = 0
+        while start < len(sequences):
+            part = sequences[start : start + self._limit.rows]
+            written = self._attempt(partial(self._run_rows, [sequence.bound_row for sequence in part]))
+            if written is not None:
+                step.add(part, *written)
+            else:
+                self._limit.ran_out(len(part))
+                if len(part) > 1:
+                    log.warning(
+                        "the device ran out of memory for %d rows at once: at most %d for now",
+                        len(part),
+                        self._limit.rows,
+                    )
+                    continue
+                step.failed.update(part)
+            start += len(part)
+        self._limit.step_done()
+
+    def _run_rows(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        if self._graphs is not None:
+            return self._graphs.run(rows)
+        return self._decode.run(self._staging.upload(rows, np.int32))
+
+    def _run_chunks(self, chunks: Seq[PrefillChunk]) -> bool:
+        """Always True, for `_attempt`."""
         length, page_size = self._block_length, self._cache.layout.page_size
         token_ids, positions, slots = [], [], []
         for chunk in chunks:
@@ -109,3 +196,4 @@ class Runner:
         )
         tokens = upload(np.concatenate(token_ids), np.int32).view(-1, length)
         self._model.prefill(tokens, batch, self._cache.keys, self._cache.values)
+        return True

@@ -7,7 +7,7 @@ in flight keeps its row and pages until that step is committed, and gains nothin
 """
 
 from collections import Counter, deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import chain
@@ -22,6 +22,7 @@ from engine.types import Delta, InvalidRequestError, Timing
 from engine.waiting_queue import WaitingQueue
 
 NON_FINITE_ERROR = "the model produced non-finite logits for this request, so no token could be chosen"
+OUT_OF_MEMORY_ERROR = "the device ran out of memory for this request; try again later, or with a shorter prompt"
 
 
 class QueueFullError(Exception):
@@ -42,6 +43,8 @@ class PrefillChunk(NamedTuple):
 class StepPlan:
     """What one step does. The runner prefills before it decodes, so a row may do both in one step."""
 
+    number: int = 0
+    """Steps are counted from 1."""
     bound: list[Sequence] = field(default_factory=list)
     """Sequences that get their row in this step: their state has to reach the device before it."""
     page_entries: list[tuple[int, int, int]] = field(default_factory=list)
@@ -56,6 +59,12 @@ class StepPlan:
     def positions(self) -> int:
         """Positions the step works on."""
         return len(self.decode) + sum(chunk.length for chunk in self.prefill)
+
+    @property
+    def request_ids(self) -> list[int]:
+        """Ids of the requests that the step works on, each once."""
+        sequences = chain((chunk.sequence for chunk in self.prefill), self.decode)
+        return sorted({sequence.request.request_id for sequence in sequences})
 
 
 class Scheduler:
@@ -97,6 +106,7 @@ class Scheduler:
         # A dict for its order and for removal without a search; the values mean nothing.
         self._decoding: dict[Sequence, None] = {}
         self._steps: deque[StepPlan] = deque()
+        self._planned = 0
         self._preemptions = 0
 
     @property
@@ -161,7 +171,7 @@ class Scheduler:
 
         `now` is in seconds of the clock that arrivals were taken from. Steps have to be committed in this order.
         """
-        plan = StepPlan()
+        plan = StepPlan(self._planned + 1)
         self._plan_decodes(plan)
         budget = self._max_step_positions - len(plan.decode)
         if self._prefilling is not None:
@@ -170,25 +180,36 @@ class Scheduler:
             budget -= self._plan_prompt(plan, admitted, budget)
         if not plan.decode and not plan.prefill:
             return None
+        self._planned += 1
         self._steps.append(plan)
         return plan
 
     def commit(
-        self, plan: StepPlan, tokens: Seq[Seq[int]], finite: Seq[bool], now: float
+        self,
+        plan: StepPlan,
+        tokens: Seq[Seq[int]],
+        finite: Seq[bool],
+        now: float,
+        failed: Collection[Sequence] = (),
     ) -> list[tuple[Sequence, Delta]]:
         """Take the result of the oldest step in flight: what it added to each sequence that was not finished.
 
         `tokens` and `finite` go with `plan.decode`: a whole block, forced tokens included, and whether its logits were
-        finite. Raises ValueError for another plan or other lengths, before anything is changed.
+        finite. The device had no memory for what `failed` names, sequences of the plan: they end here, and their tokens
+        are not looked at. Raises ValueError for another plan or other lengths, before anything is changed.
         """
         if not self._steps or self._steps[0] is not plan:
             raise ValueError("steps have to be committed once each, in the order they were scheduled")
         if not len(plan.decode) == len(tokens) == len(finite):
             raise ValueError(f"{len(plan.decode)} rows decoded, but {len(tokens)} blocks and {len(finite)} flags came")
         self._steps.popleft()
+        results = [
+            (sequence, self._fail(sequence, OUT_OF_MEMORY_ERROR))
+            for sequence in failed
+            if sequence.state is not SequenceState.FINISHED
+        ]
         for chunk in plan.prefill:
             self._land(chunk.sequence)
-        results: list[tuple[Sequence, Delta]] = []
         for sequence, block, good in zip(plan.decode, tokens, finite, strict=True):
             if sequence.state is not SequenceState.FINISHED:
                 results.append((sequence, self._commit_block(sequence, block, good, now)))
@@ -340,8 +361,7 @@ class Scheduler:
     def _commit_block(self, sequence: Sequence, block: Seq[int], finite: bool, now: float) -> Delta:
         request_id = sequence.request.request_id
         if not finite:
-            self._finish(sequence)
-            return Delta(request_id=request_id, finish_reason="error", error=NON_FINITE_ERROR)
+            return self._fail(sequence, NON_FINITE_ERROR)
         first = not sequence.generated
         generated = sequence.generated + self._block_length
         # Thousands of rows a step, and hardly any begins or ends: those that do neither are not looked at closely.
@@ -369,6 +389,10 @@ class Scheduler:
             stop_reason=cut.stop_reason,
             timing=self._timing(sequence, now) if first else None,
         )
+
+    def _fail(self, sequence: Sequence, error: str) -> Delta:
+        self._finish(sequence)
+        return Delta(request_id=sequence.request.request_id, finish_reason="error", error=error)
 
     def _timing(self, sequence: Sequence, now: float) -> Timing:
         scheduled = sequence.first_scheduled

@@ -24,6 +24,7 @@ TORCH_MODULES = {
     "llm",
     "model",
     "options",
+    "out_of_memory",
     "runner",
     "staging",
     "weights",

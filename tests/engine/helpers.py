@@ -1,10 +1,12 @@
 """Small real models for engine tests: the golden random-weight models, whose greedy choices have clear margins."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig, PromptAlignment
 from engine.core import EngineCore
@@ -12,7 +14,7 @@ from engine.model.block_transformer import BlockTransformer
 from engine.model.naive import NaiveAnswer, NaiveBlockTransformer
 from engine.types import GenerationRequest
 from engine.weights import load_weights
-from kernels.dispatch import select_kernels
+from kernels.dispatch import Kernels, select_kernels
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CPU = torch.device("cpu")
@@ -32,6 +34,12 @@ class GoldenModel:
     eos_token_id: int = 0
 
     @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of eight positions in float32."""
+        decoder = self.config.block_decoder
+        return 2 * decoder.num_layers * decoder.hidden_size * 8 * 4
+
+    @property
     def config(self) -> ModelConfig:
         """The config with the changes."""
         config = ModelConfig.load(GOLDEN / self.variant)
@@ -42,12 +50,15 @@ class GoldenModel:
         }
         return config.model_copy(update=update)
 
-    def core(self, **options: object) -> EngineCore:
-        """An engine core in float32; `options` are fields of EngineConfig."""
+    def core(
+        self, *, kernels: Kernels | None = None, tensors: Mapping[str, Tensor] | None = None, **options: object
+    ) -> EngineCore:
+        """An engine core in float32, with other kernels or weights than usual; `options` are fields of EngineConfig."""
         config = EngineConfig.create(**options)
         device = torch.device(config.device)
-        kernels = select_kernels(device)
-        tensors = {name: tensor.to(device) for name, tensor in golden_tensors(self.variant).items()}
+        kernels = kernels or select_kernels(device)
+        weights = golden_tensors(self.variant) if tensors is None else tensors
+        tensors = {name: tensor.to(device) for name, tensor in weights.items()}
         model = BlockTransformer(self.config, tensors, kernels)
         return EngineCore(name=self.variant, config=config, model=model, kernels=kernels)
 
@@ -58,7 +69,7 @@ class GoldenModel:
 
 
 @cache
-def golden_tensors(variant: str) -> dict[str, torch.Tensor]:
+def golden_tensors(variant: str) -> dict[str, Tensor]:
     """The weights of a golden model in float32."""
     return load_weights(GOLDEN / variant, ModelConfig.load(GOLDEN / variant), torch.float32, CPU)
 

@@ -1,6 +1,6 @@
 """Preemption one rule at a time; lives in which everything happens at once are in test_scheduler_properties.py."""
 
-from engine.scheduler import PrefillChunk, Scheduler, StepPlan
+from engine.scheduler import OUT_OF_MEMORY_ERROR, PrefillChunk, Scheduler, StepPlan
 from engine.sequence import Sequence, SequenceState
 from engine.types import Delta, Timing
 from tests.engine.scheduler_life import reckless
@@ -105,6 +105,18 @@ def test_a_preempted_sequence_may_end_with_the_step_in_flight() -> None:
     _, delta = commit_blocks(scheduler, flying, [[50] * 4, [50, EOS, 50, 50]])
     assert (delta.token_ids, delta.finish_reason) == ((50, EOS), "stop")
     assert (scheduler.running, scheduler.waiting, scheduler.preemptions) == (1, 0, 0)
+
+
+def test_a_preempted_sequence_may_fail_with_the_step_in_flight() -> None:
+    scheduler, first, second, flying = two_in_need()
+    results = scheduler.commit(flying, [[50] * 4, []], [True, True], 0.0, failed=[second])
+    scheduler.check_integrity()
+    assert [(sequence.key, delta.finish_reason, delta.error) for sequence, delta in results] == [
+        (2, "error", OUT_OF_MEMORY_ERROR),
+        (1, None, None),
+    ]
+    assert (scheduler.running, scheduler.waiting, scheduler.preemptions) == (1, 0, 0)
+    assert must_schedule(scheduler).decode == [first]
 
 
 def test_a_preempted_sequence_is_aborted_like_any_other() -> None:

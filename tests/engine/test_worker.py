@@ -10,12 +10,6 @@ from tests.engine.worker_bench import worker_bench
 MODEL = GoldenModel("lookup_prefix2")
 
 
-def page_bytes(model: GoldenModel) -> int:
-    """Bytes of a page of eight positions in float32."""
-    decoder = model.config.block_decoder
-    return 2 * decoder.num_layers * decoder.hidden_size * 8 * 4
-
-
 def long_request(request_id: int, blocks: int = 26) -> GenerationRequest:
     """A short prompt and a long answer."""
     return GenerationRequest(
@@ -27,7 +21,7 @@ def long_request(request_id: int, blocks: int = 26) -> GenerationRequest:
 
 def test_every_preemption_is_counted_once(tmp_path: Path) -> None:
     pages = MAX_POSITIONS // 8
-    core = MODEL.core(max_rows=4, page_size=8, kv_bytes=(pages + 1) * page_bytes(MODEL))
+    core = MODEL.core(max_rows=4, page_size=8, kv_bytes=(pages + 1) * MODEL.page_bytes)
     requests = [long_request(request_id) for request_id in range(4)]
     with worker_bench(core, tmp_path) as bench:
         peer = bench.connect()

@@ -7,6 +7,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from server.api_keys import METRICS_PATH, PROBE_PATHS, ApiKeyGuard
 from server.app_state import AppState
 from server.completions import read_completion
 from server.errors import ApiError, draining, unavailable
@@ -49,6 +50,10 @@ def create_app(state: AppState) -> FastAPI:
     app = FastAPI(
         title="blockserve", version=state.version.version, docs_url=None, redoc_url=None, redirect_slashes=False
     )
+    if keys := state.settings.api_keys():
+        open_paths = PROBE_PATHS | ({METRICS_PATH} if state.settings.metrics_without_key else frozenset())
+        app.add_middleware(ApiKeyGuard, keys=keys, open_paths=open_paths)
+    # Added last, so outermost: what the guard refuses has an id, a line in the log and the envelope too.
     app.add_middleware(RequestScope, recorder=state.metrics)
     app.add_exception_handler(HTTPException, _in_envelope)
     _add_api_routes(app, state)

@@ -4,11 +4,13 @@ import json
 import shlex
 
 from engine.types import EngineInfo
+from server.settings import ENVIRONMENT_PREFIX
 
+KEY_VARIABLE = ENVIRONMENT_PREFIX + "API_KEY"
 FIRST_PROMPT = "Once upon a time"
 
 
-def start_banner(info: EngineInfo, name: str, version: str, url: str) -> str:
+def start_banner(info: EngineInfo, name: str, version: str, url: str, *, needs_key: bool = False) -> str:
     """Lines with model, device, capacity and address, and a first request to paste into a shell."""
     pages = f"{info.pages:,} pages of {info.page_size} positions"
     rows = (
@@ -21,16 +23,19 @@ def start_banner(info: EngineInfo, name: str, version: str, url: str) -> str:
     )
     lines = [f"blockserve {version} is ready", ""]
     lines += [f"  {label:<9} {value}" for label, value in rows]
-    lines += ["", "A first request:", "", *("  " + line for line in first_request(url).splitlines()), ""]
+    command = first_request(url, needs_key=needs_key)
+    lines += ["", "A first request:", "", *("  " + line for line in command.splitlines()), ""]
     return "\n".join(lines)
 
 
-def first_request(url: str) -> str:
-    """A shell command that streams a completion."""
+def first_request(url: str, *, needs_key: bool) -> str:
+    """A shell command that streams a completion. A key it takes from the shell: the banner may end up in a log."""
     body = json.dumps({"prompt": FIRST_PROMPT, "max_tokens": 100, "stream": True})
+    key = f'  -H "Authorization: Bearer ${KEY_VARIABLE}" \\\n' if needs_key else ""
     return (
         f"curl -N {shlex.quote(url + '/v1/completions')} \\\n"
         f"  -H 'Content-Type: application/json' \\\n"
+        f"{key}"
         f"  -d {shlex.quote(body)}"
     )
 

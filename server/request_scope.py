@@ -23,7 +23,7 @@ PROBES = frozenset({"/health", "/ready", "/metrics", "/load"})
 
 
 class RequestScope:
-    """ASGI middleware; the innermost of those that see every request.
+    """ASGI middleware; the outermost of the application's own.
 
     A HEAD request is handled as a GET whose body is not sent.
     """

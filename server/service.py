@@ -95,12 +95,15 @@ async def _supervise(settings: ServeSettings, specs: list[ChildSpec], listener: 
     def announce(info: EngineInfo) -> None:
         log.info("serving %s", name, extra={"url": url, "device": info.device, "dtype": info.dtype})
         if settings.log_format == "plain":
-            sys.stdout.write("\n" + start_banner(info, name, version_info().version, url) + "\n")
+            needs_key = bool(settings.api_keys())
+            banner = start_banner(info, name, version_info().version, url, needs_key=needs_key)
+            sys.stdout.write("\n" + banner + "\n")
             sys.stdout.flush()
 
     options = SupervisorOptions(drain_timeout_s=settings.drain_timeout, step_timeout_s=settings.step_timeout)
     # Closed with the last process that accepts connections: clients are refused at once then, not left to wait.
     supervisor = Supervisor(specs, options, MetricStore(), announce, on_front_end_stopped=listener.close)
-    log.info("starting", extra={"model": name, "url": url, "pid": os.getpid()})
+    keys = len(settings.api_keys())
+    log.info("starting", extra={"model": name, "url": url, "pid": os.getpid(), "api_keys": keys})
     async with ControlServer(control_socket(directory), supervisor):
         return await supervisor.run()

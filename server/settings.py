@@ -10,14 +10,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
 
 from engine.config import ConfigError, DType
 from engine.model_files import model_name
 from engine.process_config import EngineOptions, LogConfig, LogFormat, LogLevel
+from server.api_keys import check_key, read_key_file
 
 ENVIRONMENT_PREFIX = "BLOCKSERVE_"
 CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
+
+SECRET_SETTINGS = frozenset({"api_key"})
+"""Their values appear in no message."""
 
 Group = Literal["Model", "Network", "Engine", "Limits", "Life cycle", "Logging"]
 GROUPS: tuple[Group, ...] = ("Model", "Network", "Engine", "Limits", "Life cycle", "Logging")
@@ -72,6 +86,20 @@ class ServeSettings(BaseModel):
 
     host: str = _setting("127.0.0.1", "Network", "ADDRESS", "address to listen on; 0.0.0.0 for every interface")
     port: Port = _setting(8000, "Network", "PORT", "port to listen on; 0 for any that is free")
+
+    api_key: tuple[SecretStr, ...] = _setting(
+        (),
+        "Network",
+        "KEY",
+        "key or keys, one of which a request has to bring; as a flag, whoever lists processes sees it",
+        shown="none: everybody may",
+    )
+    api_key_file: str | None = _setting(
+        None, "Network", "FILE", "file with such keys, one a line; lines that begin with # are comments", shown="none"
+    )
+    metrics_without_key: bool = _setting(
+        False, "Network", "", "answer /metrics without a key too, as /health and /ready are", shown="off"
+    )
 
     device: Annotated[str | None, BeforeValidator(_auto_is_none)] = _setting(
         None, "Engine", "DEVICE", "auto, cpu, cuda or cuda:N", shown="auto: CUDA where there is a device"
@@ -139,10 +167,10 @@ class ServeSettings(BaseModel):
     log_level: LogLevel = _setting("info", "Logging", "LEVEL", "debug, info, warning or error")
     log_format: LogFormat = _setting("plain", "Logging", "FORMAT", "plain, or json for one object a line")
 
-    @field_validator("served_model_name", mode="before")
+    @field_validator("served_model_name", "api_key", mode="before")
     @classmethod
-    def _split_names(cls, value: object) -> object:
-        """The environment has no lists: names are separated by commas there."""
+    def _split(cls, value: object) -> object:
+        """The environment has no lists: names, and keys, are separated by commas there."""
         if isinstance(value, str):
             value = value.split(",")
         return [name.strip() if isinstance(name, str) else name for name in value] if isinstance(value, list) else value
@@ -156,6 +184,18 @@ class ServeSettings(BaseModel):
         if len(set(value)) != len(value):
             raise ValueError("a name is given twice")
         return value
+
+    @field_validator("api_key")
+    @classmethod
+    def _keys_can_travel(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for key in value:
+            check_key(key.get_secret_value())
+        return value
+
+    @field_serializer("api_key", when_used="json")
+    def _keys_for_the_api_process(self, value: tuple[SecretStr, ...]) -> list[str]:
+        """JSON is how settings reach the API process, through a file in the supervisor's private directory."""
+        return [key.get_secret_value() for key in value]
 
     @field_validator("host")
     @classmethod
@@ -189,6 +229,11 @@ class ServeSettings(BaseModel):
         """The names clients may use for the model; the first is the one that responses default to."""
         return self.served_model_name or (model_name(self.model),)
 
+    def api_keys(self) -> tuple[str, ...]:
+        """The keys that requests may bring; none means that they need none."""
+        assert self.api_key or self.api_key_file is None, "the file of keys was not read"
+        return tuple(key.get_secret_value() for key in self.api_key)
+
     def log_config(self) -> LogConfig:
         """How every process logs."""
         return LogConfig(level=self.log_level, format=self.log_format)
@@ -203,7 +248,8 @@ def load_settings(flags: Mapping[str, object], environment: Mapping[str, str]) -
     """The settings from all sources.
 
     `flags` holds what was given on the command line by field name, and under "config" the path of a TOML file, which
-    the environment may name too. Raises ConfigError saying which flag, variable or key is at fault.
+    the environment may name too. Keys in `api_key_file` are added to `api_key`. Raises ConfigError saying which flag,
+    variable or key is at fault.
     """
     flags = dict(flags)
     path = flags.pop("config", None) or environment.get(CONFIG_VARIABLE)
@@ -220,9 +266,23 @@ def load_settings(flags: Mapping[str, object], environment: Mapping[str, str]) -
         if name in flags:
             values[name], sources[name] = flags[name], flag_name(name)
     try:
-        return ServeSettings.model_validate(values)
+        settings = ServeSettings.model_validate(values)
     except ValidationError as error:
         raise ConfigError("; ".join(_describe(item, sources) for item in error.errors(include_url=False))) from None
+    if settings.api_key_file is None:
+        return settings
+    return _with_keys_of_file(settings, settings.api_key_file, sources["api_key_file"])
+
+
+def _with_keys_of_file(settings: ServeSettings, file: str, source: str) -> ServeSettings:
+    path = Path(file).expanduser()
+    try:
+        keys = read_key_file(path)
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{source}: {path}: {error}") from None
+    return settings.model_copy(update={"api_key": (*settings.api_key, *map(SecretStr, keys))})
 
 
 def _read_file(path: Path) -> dict[str, object]:
@@ -243,5 +303,5 @@ def _describe(item: Any, sources: Mapping[str, str]) -> str:
     if item["type"] == "extra_forbidden":
         return f"{where} is no setting"
     message = str(item["msg"]).removeprefix("Value error, ")
-    given = "" if item["type"] == "value_error" else f" (got {str(item['input'])[:80]!r})"
+    given = "" if item["type"] == "value_error" or field in SECRET_SETTINGS else f" (got {str(item['input'])[:80]!r})"
     return f"{where}: {message}{given}"

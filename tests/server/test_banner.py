@@ -26,6 +26,13 @@ def test_its_first_request_can_be_pasted() -> None:
     assert body["prompt"]
 
 
+def test_its_first_request_takes_the_key_from_the_shell() -> None:
+    text = start_banner(INFO, "stories", "1.2.3", URL, needs_key=True)
+    command = shlex.split(text[text.index("curl") :].replace("\\\n", " "))
+    assert "Authorization: Bearer $BLOCKSERVE_API_KEY" in command
+    assert "Authorization" not in start_banner(INFO, "stories", "1.2.3", URL)
+
+
 @pytest.mark.parametrize(("number", "words"), [(999, "999 "), (10_400_000, "10.4M "), (1_200_000_000, "1.2B ")])
 def test_parameters_are_counted_in_words(number: int, words: str) -> None:
     info = type(INFO)(**{**{f: getattr(INFO, f) for f in INFO.__struct_fields__}, "parameters": number})

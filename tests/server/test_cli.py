@@ -49,6 +49,19 @@ def test_a_bad_setting_is_one_line_on_standard_error(
     assert served == []
 
 
+def test_keys_may_be_given_again_and_again_and_are_shown_nowhere(
+    served: list[ServeSettings], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["serve", "--api-key", "sk-1", "--api-key", "sk-2", "sk-3"]) == 7
+    assert served[0].api_keys() == ("sk-1", "sk-2", "sk-3")
+    monkeypatch.setenv("BLOCKSERVE_API_KEY", "sk-secret")
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    assert cli.main(["serve", "--api-key", "sk secret"]) == cli.EXIT_BAD_INPUT
+    out, err = capsys.readouterr()
+    assert "secret" not in out + err
+
+
 def test_help_lists_every_setting_with_its_default(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +72,8 @@ def test_help_lists_every_setting_with_its_default(
     text = capsys.readouterr().out
     for name in ServeSettings.model_fields:
         assert re.search(rf"^  {flag_name(name)} ", text, re.MULTILINE), name
-    assert text.count("[") == text.count("]") == len(ServeSettings.model_fields) + 2
+    lists = sum(isinstance(field.default, tuple) for field in ServeSettings.model_fields.values())
+    assert text.count("[") == text.count("]") == len(ServeSettings.model_fields) + lists + 1
     assert max(map(len, text.splitlines())) <= 100
 
 

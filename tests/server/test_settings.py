@@ -33,20 +33,23 @@ def test_the_flag_for_the_file_wins_over_the_variable(tmp_path: Path) -> None:
     assert load_settings({"config": str(file)}, {"BLOCKSERVE_CONFIG": "/absent"}).port == 7
 
 
-def test_every_setting_can_come_from_the_environment() -> None:
+def test_every_setting_can_come_from_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("k3\n", encoding="utf-8")
     texts = {
         "model": "dir", "served_model_name": "a, b", "random_weights": "3", "host": "::1", "port": "0",
         "device": "cuda:1",
         "dtype": "bfloat16", "threads": "2", "max_rows": "4", "max_waiting": "5", "page_size": "8",
         "max_step_positions": "99", "kv_bytes": "1GiB", "memory_fraction": "0.5", "max_choices": "6",
         "max_stop_strings": "7", "max_body_bytes": "1MiB", "stream_chunks": "token", "drain_timeout": "1.5",
-        "step_timeout": "2.5", "log_level": "debug", "log_format": "json", "sync": "true",
+        "step_timeout": "2.5", "log_level": "debug", "log_format": "json", "sync": "true", "api_key": "k1, k2",
+        "api_key_file": str(tmp_path / "keys"), "metrics_without_key": "true",
     }  # fmt: skip
     assert set(texts) == set(ServeSettings.model_fields)
     settings = load_settings({}, {f"BLOCKSERVE_{name.upper()}": text for name, text in texts.items()})
     unchanged = [name for name, value in settings if value == getattr(ServeSettings(), name)]
     assert unchanged == []
     assert settings.served_model_name == ("a", "b")
+    assert settings.api_keys() == ("k1", "k2", "k3")
     assert settings.engine_options() == EngineOptions(
         device="cuda:1", dtype="bfloat16", max_rows=4, max_waiting=5, page_size=8, max_step_positions=99,
         kv_bytes=1 << 30, memory_fraction=0.5, overlapped=False,
@@ -84,7 +87,8 @@ def test_engine_defaults_are_those_of_the_engine() -> None:
         ("memory_fraction", "1"), ("memory_fraction", "nan"), ("max_choices", "0"), ("max_stop_strings", "0"),
         ("max_body_bytes", "10"), ("stream_chunks", "byte"), ("drain_timeout", "-1"), ("drain_timeout", "inf"),
         ("step_timeout", "0"), ("log_level", "loud"), ("log_format", "xml"), ("served_model_name", "a,,b"),
-        ("served_model_name", "a,a"), ("served_model_name", "a\nb"), ("random_weights", "-1"),
+        ("served_model_name", "a,a"), ("served_model_name", "a\nb"), ("random_weights", "-1"), ("api_key", "k,,k"),
+        ("api_key", "a key"), ("api_key", "ké"), ("api_key_file", "/absent"), ("metrics_without_key", "perhaps"),
     ],
 )  # fmt: skip
 def test_the_error_names_where_the_value_came_from(name: str, text: str, tmp_path: Path) -> None:
@@ -122,3 +126,32 @@ def test_every_setting_has_what_its_help_needs() -> None:
         assert isinstance(field.json_schema_extra, dict), name
         assert field.json_schema_extra["group"] in GROUPS, name
         assert field.default is not None or field.json_schema_extra["shown"], name
+
+
+def test_keys_come_from_every_source_that_takes_them(tmp_path: Path) -> None:
+    keys, file = tmp_path / "keys", tmp_path / "serve.toml"
+    keys.write_text("# one\nk3\n", encoding="utf-8")
+    file.write_text(f'api-key = ["k1", "k2"]\napi-key-file = "{keys}"\n', encoding="utf-8")
+    settings = load_settings({"config": str(file)}, {})
+    assert settings.api_keys() == ("k1", "k2", "k3")
+    assert load_settings({"config": str(file), "api_key": ["k4"]}, {}).api_keys() == ("k4", "k3")
+    assert ServeSettings.model_validate_json(settings.model_dump_json()) == settings
+    assert load_settings({}, {}).api_keys() == ()
+
+
+def test_settings_do_not_tell_their_keys() -> None:
+    settings = load_settings({"api_key": ["sk-secret"]}, {})
+    assert "sk-secret" not in f"{settings!r} {settings} {settings.model_dump()}"
+
+
+@pytest.mark.parametrize("value", ["sk-secret é", ["sk-secret", "sk secret"], ["sk-secret", 5], {"sk-secret": 1}, [""]])
+def test_a_bad_key_is_not_quoted(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^--api-key: ") as caught:
+        load_settings({"api_key": value}, {})
+    assert "secret" not in str(caught.value)
+    assert "5" not in str(caught.value)
+
+
+def test_a_file_of_keys_that_nobody_read_opens_nothing() -> None:
+    with pytest.raises(AssertionError, match="not read"):
+        ServeSettings(api_key_file="keys").api_keys()

@@ -4,8 +4,10 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -15,11 +17,11 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.decode_step import DecodeStep
 from engine.model.block_transformer import BlockTransformer
-from engine.scheduler import OUT_OF_MEMORY_ERROR
-from engine.types import Delta, GenerationRequest, SamplingParams
+from engine.scheduler import NON_FINITE_ERROR, OUT_OF_MEMORY_ERROR
+from engine.types import Delta, GenerationRequest, InvalidRequestError, SamplingParams
 from engine.weights import random_weights
 from kernels.dispatch import Kernels, select_kernels, torch_kernels
-from tests.engine.helpers import GoldenModel
+from tests.engine.helpers import MAX_POSITIONS, GoldenModel, golden_tensors
 
 MODEL = GoldenModel("lookup_prefix2")
 BLOCK_LENGTH = MODEL.config.block_length
@@ -75,10 +77,16 @@ def tokens_of(deltas: list[Delta]) -> list[int]:
     return [token for delta in deltas for token in delta.token_ids]
 
 
+@cache
+def oracle(item: GenerationRequest) -> list[int]:
+    """The naive model's answer."""
+    return list(MODEL.oracle(item).token_ids)
+
+
 def check_exact(answered: dict[int, list[Delta]], requests: list[GenerationRequest]) -> None:
     """Every request has the oracle's answer."""
     for item in requests:
-        assert tokens_of(answered[item.request_id]) == MODEL.oracle(item).token_ids
+        assert tokens_of(answered[item.request_id]) == oracle(item)
         assert answered[item.request_id][-1].finish_reason == "length"
 
 
@@ -136,6 +144,56 @@ def test_rows_that_memory_does_not_suffice_for_one_by_one_fail(overlapped: bool)
         check_failed(deltas, OUT_OF_MEMORY_ERROR)
     device.rows = 100
     check_exact(run(core, requests), requests)
+
+
+def damaged_tensors(token: int) -> dict[str, Tensor]:
+    """The weights, but that whatever reads `token` is NaN."""
+    tensors = dict(golden_tensors(MODEL.variant))
+    embeddings = tensors["embedder.embeddings.weight"].clone()
+    embeddings[token] = float("nan")
+    return tensors | {"embedder.embeddings.weight": embeddings}
+
+
+@pytest.mark.parametrize("place", [0, 8 * BLOCK_LENGTH - 1], ids=["prefilled", "decoded"])
+@overlapped_or_not
+def test_a_request_that_makes_nan_fails_alone(overlapped: bool, place: int) -> None:
+    poison = 509
+    core = MODEL.core(
+        tensors=damaged_tensors(poison), max_rows=3, page_size=8, kv_bytes=7 * MODEL.page_bytes, overlapped=overlapped
+    )
+    # Shorter than what fails: they decode while the rest of their pages still holds another's NaN.
+    good = [request(request_id, blocks=2, max_tokens=28 + 4 * request_id) for request_id in range(6)]
+    assert all(poison not in (*item.prompt_token_ids, *oracle(item)) for item in good)
+    bad = []
+    for request_id in (6, 7, 8):
+        item = request(request_id, blocks=8, max_tokens=8)
+        prompt = list(item.prompt_token_ids)
+        prompt[place] = poison
+        bad.append(msgspec.structs.replace(item, prompt_token_ids=tuple(prompt)))
+    answered = run(core, [good[0], bad[0], good[1], bad[1], bad[2], *good[2:]])
+    for item in bad:
+        check_failed(answered[item.request_id], NON_FINITE_ERROR)
+    check_exact(answered, good)
+
+
+@overlapped_or_not
+def test_more_than_pages_can_hold_is_answered_exactly(overlapped: bool) -> None:
+    pages = MAX_POSITIONS // 8
+    core = MODEL.core(max_rows=6, page_size=8, kv_bytes=(pages + 1) * MODEL.page_bytes, overlapped=overlapped)
+    requests = [request(request_id, blocks=2, max_tokens=26 * BLOCK_LENGTH) for request_id in range(8)]
+    check_exact(run(core, requests), requests)
+    assert core.preemptions > 0
+
+
+def test_the_largest_request_fits_the_smallest_pool_and_a_larger_one_is_rejected() -> None:
+    core = MODEL.core(max_rows=2, page_size=8, kv_bytes=(MAX_POSITIONS // 8 + 1) * MODEL.page_bytes)
+    longest = MAX_POSITIONS * BLOCK_LENGTH
+    largest = request(1, blocks=2, max_tokens=longest - 2 * BLOCK_LENGTH)
+    check_exact(run(core, [largest]), [largest])
+    with pytest.raises(InvalidRequestError) as caught:
+        core.add([("key", request(1, blocks=2, max_tokens=longest - 2 * BLOCK_LENGTH + 1))])
+    assert caught.value.param == "max_tokens"
+    assert not core.has_work
 
 
 class RunsOutOnce(TorchDispatchMode):

@@ -16,7 +16,7 @@ DEV := $(VENV)/.blockserve-dev
 SOURCES := server engine kernels training benchmarks tests docs
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format unit docs bench model-card clean
+.PHONY: help serve test lint format unit docs bench bench-engine soak model-card clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -44,6 +44,12 @@ docs: $(DEV) ## Write the generated parts of the documentation
 
 bench: $(DEV) ## Measure a server with the embedded model (ARGS="--device cuda --dtype bfloat16")
 	$(BIN)/python -m benchmarks.server $(ARGS)
+
+bench-engine: $(DEV) ## Measure the engine alone on a GPU (ARGS="--models block-302M --workloads P D")
+	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+soak: $(DEV) ## Load a server at random, kill its engine, look for leaks (ARGS="--minutes 8 --device cuda")
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 model-card: $(DEV) ## Write the embedded model's card from its run (ARGS="--date YYYY-MM-DD")
 	$(BIN)/python -m training.card --model engine/default_model --run training/default_run $(ARGS)

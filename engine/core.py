@@ -71,6 +71,8 @@ class EngineCore:
         )
         self._runner = _runner(config, model, kernels, cache)
         self._in_flight: tuple[StepPlan, StepInFlight] | None = None
+        self.step_underway: StepPlan | None = None
+        """The step that `step` worked on last, and works on as long as it has not returned."""
         self.info = EngineInfo(
             model=name,
             vocab_size=model.config.vocab_size,
@@ -143,13 +145,14 @@ class EngineCore:
         which launches its successor first: the host plans and commits while the device computes.
         """
         started = self._clock()
-        plan = self._scheduler.schedule(started)
+        plan = self.step_underway = self._scheduler.schedule(started)
         launched = None if plan is None else (plan, self._runner.launch(plan, self._given_up()))
         if self._config.overlapped:
             launched, self._in_flight = self._in_flight, launched
         if launched is None:
             return None
         plan, step = launched
+        self.step_underway = plan
         result = step.wait()
         now = self._clock()
         deltas = self._scheduler.commit(plan, result.tokens, result.finite, now, failed=result.failed)

@@ -53,6 +53,8 @@ class EngineProcessConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
     log: LogConfig
     random_seed: int | None = None
     """Random weights drawn from this seed, instead of those in the directory."""
+    step_timeout_s: float = 60.0
+    """Seconds after which a step is logged as hanging."""
     threads: int | None = None
     """CPU threads the engine computes with. None: all cores but one."""
 

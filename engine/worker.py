@@ -1,6 +1,7 @@
 """The engine process: serves one EngineCore to API processes over a socket. Started by the supervisor.
 
-`python -m engine.worker CONFIG`, an EngineProcessConfig as JSON. Exit codes: 0 after a shutdown, 1 if it cannot start.
+`python -m engine.worker CONFIG`, an EngineProcessConfig as JSON. Exit codes: 0 after a shutdown, 1 if it cannot start
+or a step fails.
 """
 
 import gc
@@ -34,6 +35,7 @@ from engine.metrics import MetricsRecorder
 from engine.process_config import EngineProcessConfig, read_process_config
 from engine.scheduler import QueueFullError
 from engine.types import Delta, InvalidRequestError
+from engine.watchdog import StepWatchdog, step_fields
 
 if TYPE_CHECKING:
     from engine.core import EngineCore
@@ -43,21 +45,37 @@ log = logging.getLogger(__name__)
 STATUS_SECONDS = 0.5
 
 
+class StepFailedError(Exception):
+    """A step raised an exception that nothing accounts for; the engine's state is not to be trusted any more."""
+
+
 class EngineWorker:
     """The loop: take messages, run a step, hand out what it wrote."""
 
-    def __init__(self, core: "EngineCore", listener: MessageListener, control: ControlChannel, index: int) -> None:
+    def __init__(
+        self,
+        core: "EngineCore",
+        listener: MessageListener,
+        control: ControlChannel,
+        index: int,
+        step_timeout_s: float = 60.0,
+    ) -> None:
+        """A step that takes longer than `step_timeout_s` seconds is logged, while it does, by `report_status`."""
         self._core = core
         self._listener = listener
         self._control = control
         self._open: dict[int, set[int]] = {}
         self._meter = EngineMeter(core.info, MetricsRecorder(control.send), (str(index),))
         self._deadline: float | None = None
+        self.watchdog = StepWatchdog(step_timeout_s, lambda: core.step_underway)
         self.step_started: float | None = None
         self.last_step = time.time()
 
     def run(self) -> None:
-        """Serve until a Shutdown message and the end of the open work, or its deadline."""
+        """Serve until a Shutdown message and the end of the open work, or its deadline.
+
+        Raises StepFailedError, logged with the step and its requests, where a step fails.
+        """
         while not self._finished():
             self.turn(0.0 if self._core.has_work else self._meter.idle_timeout())
 
@@ -115,7 +133,14 @@ class EngineWorker:
     def _step(self) -> bool:
         """Run one step if there is work; whether anything was sent."""
         self.step_started = time.time()
-        report = self._core.step()
+        self.watchdog.begin()
+        try:
+            report = self._core.step()
+        except Exception as error:
+            fields = step_fields(self._core.step_underway)
+            log.exception("a step failed, and with it the engine", extra=fields)
+            raise StepFailedError("a step failed") from error
+        self.watchdog.end()
         self.step_started = None
         if report is None:
             return False
@@ -138,10 +163,13 @@ class EngineWorker:
             self._listener.send(peer_id, Deltas(deltas=by_peer.get(peer_id, []), load=load))
 
 
-def _report_status(worker: EngineWorker, control: ControlChannel) -> None:
+def report_status(worker: EngineWorker, control: ControlChannel, stop: threading.Event) -> None:
+    """Tell the supervisor that this process lives, and watch its steps, until `stop` is set; in a thread of its own."""
     while True:
         control.send(EngineStatus(step_started=worker.step_started, last_step=worker.last_step))
-        time.sleep(STATUS_SECONDS)
+        worker.watchdog.check()
+        if stop.wait(STATUS_SECONDS):
+            return
 
 
 def _load_core(config: EngineProcessConfig) -> "EngineCore":
@@ -174,14 +202,18 @@ def main(config_path: str) -> int:
         control.close()
         return 1
     listener.listen(Path(config.socket_path))
-    worker = EngineWorker(core, listener, control, config.index)
-    threading.Thread(target=_report_status, args=(worker, control), daemon=True).start()
+    worker = EngineWorker(core, listener, control, config.index, config.step_timeout_s)
+    stopped = threading.Event()
+    threading.Thread(target=report_status, args=(worker, control, stopped), daemon=True).start()
     # What start-up made stays for good: without it, collecting garbage costs a step as much again as committing it.
     gc.freeze()
     control.send(ChildReady(info=core.info))
     try:
         worker.run()
+    except StepFailedError:
+        return 1
     finally:
+        stopped.set()
         listener.close()
         control.close()
     return 0

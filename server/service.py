@@ -60,6 +60,7 @@ def plan_children(settings: ServeSettings, model: Path, listener: socket.socket,
             control_path=control_path,
             log=settings.log_config(),
             random_seed=settings.random_weights,
+            step_timeout_s=settings.step_timeout,
             threads=settings.threads,
         ),
     )

@@ -1,9 +1,20 @@
 """The engine process's loop with everything real around it but the process."""
 
+import dataclasses
+import logging
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
-from engine.messages import Accepted, Submit
+import pytest
+from torch import Tensor
+
+from engine.messages import Accepted, ChildReady, Deltas, Submit, ToSupervisor, encode_frame, to_supervisor_reader
+from engine.process_config import EngineOptions, EngineProcessConfig, LogConfig, write_process_config
 from engine.types import GenerationRequest, SamplingParams
+from engine.worker import StepFailedError
+from kernels.dispatch import Kernels, torch_kernels
 from tests.engine.helpers import MAX_POSITIONS, GoldenModel
 from tests.engine.worker_bench import worker_bench
 
@@ -33,3 +44,78 @@ def test_every_preemption_is_counted_once(tmp_path: Path) -> None:
         assert core.preemptions > 0
         bench.turn_until(lambda: bench.counters()["preemptions_total"] >= core.preemptions)
         assert bench.counters()["preemptions_total"] == core.preemptions
+
+
+def breaking_kernels(products: int) -> Kernels:
+    """Kernels that fail for good after so many products."""
+    whole = torch_kernels()
+    left = products
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return whole.linear(x, weight, bias)
+
+    return dataclasses.replace(whole, linear=linear)
+
+
+@pytest.mark.parametrize("overlapped", [False, True], ids=["synchronous", "overlapped"])
+def test_a_step_that_fails_is_logged_and_ends_the_loop(
+    tmp_path: Path, overlapped: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    core = MODEL.core(kernels=breaking_kernels(150), max_rows=2, overlapped=overlapped)
+    with worker_bench(core, tmp_path) as bench:
+        peer = bench.connect()
+        peer.send(Submit(group_id=1, requests=[long_request(5), long_request(8)]))
+        with caplog.at_level(logging.ERROR, logger="engine"), pytest.raises(StepFailedError):
+            bench.worker.run()
+        (record,) = caplog.records
+        steps = sum(bool(message.deltas) for message in peer.of_kind(Deltas))
+        assert vars(record)["requests"] == [5, 8]
+        assert vars(record)["step"] == steps + (2 if overlapped else 1)
+        assert record.exc_info is not None and "illegal memory access" in str(record.exc_info[1])
+
+
+FAILING_PROCESS = """
+import sys
+from engine import worker
+from tests.engine.test_worker import MODEL, breaking_kernels
+worker._load_core = lambda config: MODEL.core(kernels=breaking_kernels(150), max_rows=2)
+sys.exit(worker.main(sys.argv[1]))
+"""
+
+
+def test_a_process_whose_step_fails_exits_with_an_error(tmp_path: Path) -> None:
+    config = tmp_path / "engine.json"
+    control_path, engine_path = tmp_path / "control.sock", tmp_path / "engine.sock"
+    write_process_config(
+        config,
+        EngineProcessConfig(
+            index=0, name="m", model="unused", options=EngineOptions(), socket_path=str(engine_path),
+            control_path=str(control_path), log=LogConfig(),
+        ),
+    )  # fmt: skip
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(str(control_path))
+        listener.listen()
+        listener.settimeout(60)
+        process = subprocess.Popen(
+            [sys.executable, "-c", FAILING_PROCESS, str(config)], stderr=subprocess.PIPE, text=True
+        )
+        try:
+            supervisor, _ = listener.accept()
+            with supervisor:
+                supervisor.settimeout(60)
+                frames, told = to_supervisor_reader(), list[ToSupervisor]()
+                while not any(isinstance(message, ChildReady) for message in told):
+                    told += frames.feed(supervisor.recv(1 << 16))
+                client.connect(str(engine_path))
+                client.sendall(encode_frame(Submit(group_id=1, requests=[long_request(5)])))
+                log = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+            process.wait()
+    assert process.returncode == 1
+    assert "a step failed" in log and "requests=[5]" in log and "illegal memory access" in log

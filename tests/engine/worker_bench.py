@@ -16,6 +16,7 @@ from engine.messages import (
     Deltas,
     FromEngine,
     MetricsIncrement,
+    Shutdown,
     ToSupervisor,
     encode_frame,
     from_engine_reader,
@@ -82,7 +83,7 @@ class Peer:
 class WorkerBench:
     """The worker, and both ends of what it is connected to."""
 
-    def __init__(self, core: EngineCore, directory: Path) -> None:
+    def __init__(self, core: EngineCore, directory: Path, step_timeout_s: float = 60.0) -> None:
         self.core = core
         self.path = directory / "engine.sock"
         self.listener = MessageListener()
@@ -93,7 +94,7 @@ class WorkerBench:
         self._told: list[ToSupervisor] = []
         self._peers: list[Peer] = []
         self.control = ControlChannel(stream, on_message=self.listener.wake, on_end=lambda: None)
-        self.worker = EngineWorker(core, self.listener, self.control, index=0)
+        self.worker = EngineWorker(core, self.listener, self.control, index=0, step_timeout_s=step_timeout_s)
 
     def connect(self) -> Peer:
         """A new peer; the worker sees it in its next turn."""
@@ -115,6 +116,10 @@ class WorkerBench:
                 counted.update({name: int(amount) for name, _, amount in message.counters})
         return counted
 
+    def shut_down(self) -> None:
+        """Tell the worker to stop at once."""
+        self._supervisor.sendall(encode_frame(Shutdown(deadline_s=0.0)))
+
     def told(self) -> list[ToSupervisor]:
         """What the supervisor has been told so far."""
         try:
@@ -134,9 +139,9 @@ class WorkerBench:
 
 
 @contextmanager
-def worker_bench(core: EngineCore, directory: Path) -> Iterator[WorkerBench]:
+def worker_bench(core: EngineCore, directory: Path, step_timeout_s: float = 60.0) -> Iterator[WorkerBench]:
     """A worker that serves `core` on a socket in `directory`."""
-    bench = WorkerBench(core, directory)
+    bench = WorkerBench(core, directory, step_timeout_s)
     try:
         yield bench
     finally:

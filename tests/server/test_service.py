@@ -41,7 +41,9 @@ def complaint(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_children_are_told_where_everything_is_and_what_was_set(tmp_path: Path) -> None:
-    settings = ServeSettings(max_rows=8, device="cpu", random_weights=7, threads=2, log_format="json", port=0)
+    settings = ServeSettings(
+        max_rows=8, device="cpu", random_weights=7, threads=2, log_format="json", port=0, step_timeout=7.5
+    )
     with bind_port("127.0.0.1", 0) as listener:
         engine, api = plan_children(settings, MODEL, listener, tmp_path)
         assert api.pass_fds == (listener.fileno(),)
@@ -49,7 +51,7 @@ def test_children_are_told_where_everything_is_and_what_was_set(tmp_path: Path) 
     assert (engine.role, engine.index, told.index) == ("engine", 0, 0)
     assert told.model == str(MODEL)
     assert told.options == EngineOptions(device="cpu", max_rows=8, max_waiting=2048, page_size=16, memory_fraction=0.9)
-    assert (told.random_seed, told.threads, told.log.format) == (7, 2, "json")
+    assert (told.random_seed, told.threads, told.log.format, told.step_timeout_s) == (7, 2, "json", 7.5)
     assert engine.stale_files == (Path(told.socket_path),)
     front = read_process_config(Path(api.command[-1]), ApiProcessConfig)
     assert front.engine_sockets == [told.socket_path]

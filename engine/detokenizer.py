@@ -50,9 +50,10 @@ class StreamDecoder:
     what was handed out already stays then, and only the rest is as decoding all ids at once has it.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._skip_special_tokens = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._token_ids: list[int] = []
         self._length = 0
 
@@ -65,7 +66,8 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """What decoding all tokens at once adds to the text so far."""
-        return self._tokenizer.decode(self._token_ids, skip_special_tokens=True)[self._length :]
+        text = self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skip_special_tokens)
+        return text[self._length :]
 
     def _step(self, token: int) -> str:
         try:
@@ -74,8 +76,8 @@ class StreamDecoder:
             return ""
 
 
-def byte_level_table(tokenizer: tokenizers.Tokenizer) -> list[bytes] | None:
-    """The bytes of every token id, none for special tokens; None where the vocabulary is not byte-level.
+def byte_level_table(tokenizer: tokenizers.Tokenizer, *, skip_special_tokens: bool = True) -> list[bytes] | None:
+    """The bytes of every token id; None where the vocabulary is not byte-level. Special tokens have none if skipped.
 
     A byte-level vocabulary writes each byte as one character: the printable characters of Latin-1 stand for themselves,
     and the other bytes, in order, for U+0100 and on. A token with any other character stands for its own UTF-8.
@@ -84,11 +86,12 @@ def byte_level_table(tokenizer: tokenizers.Tokenizer) -> list[bytes] | None:
     if decoder is None or decoder["type"] != "ByteLevel":
         return None
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+    added = tokenizer.get_added_tokens_decoder().items() if skip_special_tokens else ()
+    skipped = {token for token, one in added if one.special}
     byte_of = _byte_level_alphabet()
     table = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for content, token in vocabulary.items():
-        if token not in special:
+        if token not in skipped:
             table[token] = _to_bytes(content, byte_of)
     return table
 

@@ -38,7 +38,7 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._token_bytes = byte_level_table(tokenizer)
+        self._token_bytes = {skip: byte_level_table(tokenizer, skip_special_tokens=skip) for skip in (True, False)}
         self._longest_bytes = longest_token_bytes(tokenizer)
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         """Token ids are below this. A model's own vocabulary may be larger: the rest decodes to nothing."""
@@ -99,11 +99,12 @@ class Tokenizer:
         """How the vocabulary spells each token, which is not its text; "" for ids outside of it."""
         return [self._tokenizer.id_to_token(token) or "" for token in token_ids]
 
-    def new_decoder(self) -> IncrementalDecoder:
-        """Decodes one answer as it comes, special tokens skipped."""
-        if self._token_bytes is None:
-            return StreamDecoder(self._tokenizer)
-        return ByteLevelDecoder(self._token_bytes)
+    def new_decoder(self, *, skip_special_tokens: bool = True) -> IncrementalDecoder:
+        """Decodes one answer as it comes."""
+        table = self._token_bytes[skip_special_tokens]
+        if table is None:
+            return StreamDecoder(self._tokenizer, skip_special_tokens=skip_special_tokens)
+        return ByteLevelDecoder(table)
 
 
 def _special_tokens(path: Path) -> dict[str, str | None]:

@@ -9,7 +9,6 @@ import msgspec
 
 from engine.metrics import MetricsRecorder
 from engine.text_stream import TextStream
-from engine.tokenizer import Tokenizer
 from engine.types import SEED_RANGE, Delta, GenerationRequest, SamplingParams
 from server.answer_metrics import AnswerMetrics, PromptTally
 
@@ -18,6 +17,7 @@ class Piece(NamedTuple):
     """What a delta, or one token of it, adds to an answer."""
 
     text: str
+    token_ids: tuple[int, ...] = ()
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: int | str | None = None
 
@@ -27,6 +27,8 @@ class PreparedPrompt(NamedTuple):
 
     token_ids: tuple[int, ...]
     params: SamplingParams
+    echo: str = ""
+    """What every answer's text begins with."""
 
 
 @dataclass
@@ -37,9 +39,13 @@ class Choice:
     request: GenerationRequest
     stream: TextStream
     metrics: AnswerMetrics
+    echo: str = ""
+    """The prompt's text where it is to come with the first piece, which takes it from here."""
     pieces: list[Piece] = field(default_factory=list)
     """Kept only where the whole answer is sent at once."""
     tokens: int = 0
+    begun: bool = False
+    """Whether a body of it has gone out."""
     finish_reason: Literal["stop", "length"] | None = None
 
     def take(self, delta: Delta, now: float, *, each_token: bool) -> list[Piece]:
@@ -53,12 +59,14 @@ class Choice:
         for part in _split(delta) if each_token else (delta,):
             update = self.stream.push(part.token_ids, part.finish_reason)
             tokens += update.tokens
+            text, token_ids = self.echo + update.text, part.token_ids[: update.tokens]
+            self.echo = ""
             if update.stop is not None:
-                piece = Piece(update.text, "stop", update.stop)
+                piece = Piece(text, token_ids, "stop", update.stop)
             elif part.finish_reason == "stop" or part.finish_reason == "length":
-                piece = Piece(update.text, part.finish_reason, part.stop_reason)
+                piece = Piece(text, token_ids, part.finish_reason, part.stop_reason)
             else:
-                piece = Piece(update.text)
+                piece = Piece(text, token_ids)
             pieces.append(piece)
             if piece.finish_reason is not None:
                 self.finish_reason = piece.finish_reason
@@ -75,7 +83,7 @@ def make_choices(
     n: int,
     *,
     priority: int,
-    tokenizer: Tokenizer,
+    new_stream: Callable[[SamplingParams], TextStream],
     recorder: MetricsRecorder,
     next_request_id: Callable[[], int],
     arrival: float,
@@ -85,7 +93,7 @@ def make_choices(
     Answer i to a prompt has the seed (seed + i) mod 2^63; without a seed each draws its own.
     """
     choices: list[Choice] = []
-    for token_ids, params in prompts:
+    for token_ids, params, echo in prompts:
         tally = PromptTally(len(token_ids))
         for number in range(n):
             seed = secrets.randbelow(SEED_RANGE) if params.seed is None else (params.seed + number) % SEED_RANGE
@@ -96,8 +104,8 @@ def make_choices(
                 params=msgspec.structs.replace(params, seed=seed, stop=()),
                 priority=priority,
             )
-            stream, metrics = TextStream(tokenizer, params), AnswerMetrics(recorder, tally, arrival)
-            choices.append(Choice(len(choices), request, stream, metrics))
+            metrics = AnswerMetrics(recorder, tally, arrival)
+            choices.append(Choice(len(choices), request, new_stream(params), metrics, echo))
     return choices
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import msgspec
 from starlette.requests import Request
@@ -10,34 +10,22 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.client import Answers, EngineRejectedError, EngineUnavailableError
-from engine.types import SEED_RANGE, Delta, EngineInfo, InvalidRequestError, SamplingParams
-from engine.validation import validate_request
+from engine.text_stream import TextStream
+from engine.types import Delta, SamplingParams
 from server.answer_metrics import Outcome
 from server.app_state import AppState
-from server.choices import Choice, Piece, PreparedPrompt, make_choices
+from server.choices import Choice, Piece, make_choices
 from server.disconnect import ClientGoneError, noticing, unless_disconnected
-from server.errors import as_api_error, draining, generation_failed, internal, invalid, unavailable
+from server.echo import EchoAnswers
+from server.errors import as_api_error, draining, generation_failed, internal, unavailable
 from server.json_body import parse_json_object, read_body
 from server.model_names import served_model
-from server.off_loop import off_loop_if_long
-from server.protocol import (
-    ChoiceBody,
-    CompletionBody,
-    CompletionRequest,
-    Prompt,
-    Usage,
-    parse_completion_request,
-    parse_prompts,
-    show,
-)
+from server.prompts import prepare_prompts
+from server.protocol import ChoiceBody, CompletionBody, CompletionRequest, Usage, parse_completion_request
 from server.request_record import RequestRecord, record_of
 from server.sse import DONE, STREAM_HEADERS, event
 
 log = logging.getLogger(__name__)
-
-DEFAULT_MAX_TOKENS = 16
-MAX_GROUP_TOKENS = 8 << 20
-"""Prompt tokens of all answers to one request. They travel to the engine in one message, up to 5 bytes each."""
 
 
 async def read_completion(request: Request, state: AppState) -> "CompletionResponse":
@@ -60,7 +48,7 @@ class CompletionResponse(Response):
 
     Nothing is sent before the engine has accepted the request: until then errors are raised (ApiError and what
     `server.errors.as_api_error` knows), later ones end the stream. However this ends, the engine is left with nothing
-    of the request.
+    of the request. An echo of the prompt alone is answered without the engine.
     """
 
     def __init__(self, state: AppState, record: RequestRecord, completion: CompletionRequest, arrival: float) -> None:
@@ -72,6 +60,7 @@ class CompletionResponse(Response):
         self._model = served_model(state, completion.model)
         self._created = int(time.time())
         self._prompt_tokens = 0
+        self._streamed_tokens = 0
         self._choices: list[Choice] = []
         self._outcome: Outcome = "abort"
         """Of the answers that do not come to their end."""
@@ -87,7 +76,7 @@ class CompletionResponse(Response):
         info = self._state.engine.info
         if info is None:
             raise unavailable("the model is still loading; try again in a moment")
-        prompts = await self._prepare(info)
+        prompts = await prepare_prompts(self._completion, info, self._state.tokenizer, self._state.settings)
         # A drain may have begun while a large prompt was read.
         if self._state.service.draining:
             raise draining()
@@ -95,7 +84,7 @@ class CompletionResponse(Response):
             prompts,
             self._completion.n,
             priority=self._completion.priority,
-            tokenizer=self._state.tokenizer,
+            new_stream=self._new_text_stream,
             recorder=self._state.metrics,
             next_request_id=self._state.engine.next_request_id,
             arrival=self._arrival,
@@ -115,50 +104,20 @@ class CompletionResponse(Response):
         finally:
             self._close()
 
-    async def _prepare(self, info: EngineInfo) -> list[PreparedPrompt]:
-        """Tokenise the prompts and check them and the parameters against the model."""
-        prompts, n = parse_prompts(self._completion.prompt), self._completion.n
-        settings = self._state.settings
-        if len(prompts) * n > settings.max_choices:
-            param = "prompt" if len(prompts) > settings.max_choices else "n"
-            message = (
-                f"{len(prompts)} prompts times n = {show(n)} is more than the {settings.max_choices} answers allowed"
-            )
-            raise invalid(param, f"{message} in one request")
-        if len(self._completion.stop) > settings.max_stop_strings:
-            raise invalid(
-                "stop",
-                f"stop holds {len(self._completion.stop)} strings; at most {settings.max_stop_strings} are allowed",
-            )
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                self._refuse_if_far_too_long(prompt, info.max_length)
-        token_ids = await self._encode(prompts, info.eos_token_id)
-        if sum(map(len, token_ids)) * n > MAX_GROUP_TOKENS:
-            raise invalid("prompt", f"the prompts times n are more than {MAX_GROUP_TOKENS} tokens; split the request")
-        return [
-            _prepare_prompt(self._completion, ids, info, index, len(prompts)) for index, ids in enumerate(token_ids)
-        ]
-
-    def _refuse_if_far_too_long(self, text: str, max_length: int) -> None:
-        """Tokenising takes a core for seconds where a text has megabytes: not for one that cannot be served anyway."""
-        fewest = self._state.tokenizer.fewest_tokens(text)
-        if fewest >= max_length:
-            message = f"the prompt has at least {fewest} tokens, but the model's length is {max_length} tokens"
-            raise InvalidRequestError("prompt", f"{message}, prompt and answer together; shorten the prompt")
-
-    async def _encode(self, prompts: Sequence[Prompt], eos_token_id: int) -> list[list[int]]:
-        def encode() -> list[list[int]]:
-            tokenizer = self._state.tokenizer
-            ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-            # An empty text begins as training texts do: after the end of another.
-            return [one or [eos_token_id] for one in ids]
-
-        return await off_loop_if_long(encode, sum(len(prompt) for prompt in prompts if isinstance(prompt, str)))
+    def _new_text_stream(self, params: SamplingParams) -> TextStream:
+        return TextStream(
+            self._state.tokenizer,
+            params,
+            skip_special_tokens=self._completion.skip_special_tokens,
+            include_stop=self._completion.include_stop_str_in_output,
+        )
 
     async def _submit(self) -> Answers:
+        requests = [choice.request for choice in self._choices]
+        if self._completion.echo_only:
+            return EchoAnswers(requests)
         try:
-            return await self._state.engine.submit([choice.request for choice in self._choices])
+            return await self._state.engine.submit(requests)
         except (EngineRejectedError, EngineUnavailableError):
             self._outcome = "rejected"
             raise
@@ -174,8 +133,9 @@ class CompletionResponse(Response):
         bodies = []
         for choice in self._choices:
             text, last = "".join(piece.text for piece in choice.pieces), choice.pieces[-1]
-            bodies.append(_choice_body(choice, Piece(text, last.finish_reason, last.stop_reason)))
-        body = self._body(bodies, self._usage())
+            token_ids = tuple(token for piece in choice.pieces for token in piece.token_ids)
+            bodies.append(self._choice_body(choice, last._replace(text=text, token_ids=token_ids)))
+        body = self._body(bodies, self._usage(self._generated_tokens))
         await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, answers: Answers, send: Send) -> None:
@@ -183,14 +143,8 @@ class CompletionResponse(Response):
         try:
             each_token = self._state.settings.stream_chunks == "token"
             async for step in self._steps(answers, each_token=each_token):
-                chunks = [
-                    self._chunk(choice, piece)
-                    for choice, pieces in step
-                    for piece in pieces
-                    if each_token or any(piece)
-                ]
-                if chunks:
-                    await send({"type": "http.response.body", "body": b"".join(chunks), "more_body": True})
+                if chunks := self._chunks(step, each_token=each_token):
+                    await send({"type": "http.response.body", "body": chunks, "more_body": True})
         except ClientGoneError:
             raise
         except Exception as error:  # noqa: BLE001 - the status line is out: the stream has to carry whatever it was
@@ -198,7 +152,7 @@ class CompletionResponse(Response):
             return
         end = DONE
         if self._include_usage:
-            end = event(self._body([], self._usage())) + end
+            end = event(self._body([], self._usage(self._generated_tokens))) + end
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
     async def _end_with_error(self, error: Exception, send: Send) -> None:
@@ -238,12 +192,49 @@ class CompletionResponse(Response):
             raise unavailable("the engine gave this request up; try again")
 
     @property
+    def _generated_tokens(self) -> int:
+        return sum(choice.tokens for choice in self._choices)
+
+    @property
     def _include_usage(self) -> bool:
         options = self._completion.stream_options
         return options is not None and options.include_usage
 
+    @property
+    def _continuous_usage(self) -> bool:
+        options = self._completion.stream_options
+        return options is not None and options.continuous_usage_stats
+
+    def _chunks(self, step: list[tuple[Choice, list[Piece]]], *, each_token: bool) -> bytes:
+        chunks = []
+        for choice, pieces in step:
+            for piece in pieces:
+                # Tokens may have no text yet, or none at all. They count all the same, and with ids they are told.
+                self._streamed_tokens += len(piece.token_ids)
+                ids = self._completion.return_token_ids and piece.token_ids
+                if each_token or ids or piece.text or piece.finish_reason is not None:
+                    chunks.append(self._chunk(choice, piece))
+        return b"".join(chunks)
+
     def _chunk(self, choice: Choice, piece: Piece) -> bytes:
-        return event(self._body([_choice_body(choice, piece)], None if self._include_usage else msgspec.UNSET))
+        usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+        if self._continuous_usage:
+            usage = self._usage(self._streamed_tokens)
+        elif self._include_usage:
+            usage = None
+        return event(self._body([self._choice_body(choice, piece)], usage))
+
+    def _choice_body(self, choice: Choice, piece: Piece) -> ChoiceBody:
+        body = ChoiceBody(
+            index=choice.index, text=piece.text, finish_reason=piece.finish_reason, stop_reason=piece.stop_reason
+        )
+        if not self._completion.return_token_ids:
+            return body
+        body = msgspec.structs.replace(body, token_ids=piece.token_ids)
+        if choice.begun:
+            return body
+        choice.begun = True
+        return msgspec.structs.replace(body, prompt_token_ids=choice.request.prompt_token_ids)
 
     def _body(self, choices: list[ChoiceBody], usage: Usage | msgspec.UnsetType | None) -> bytes:
         return msgspec.json.encode(
@@ -252,8 +243,7 @@ class CompletionResponse(Response):
             )
         )
 
-    def _usage(self) -> Usage:
-        generated = sum(choice.tokens for choice in self._choices)
+    def _usage(self, generated: int) -> Usage:
         return Usage(
             prompt_tokens=self._prompt_tokens, completion_tokens=generated, total_tokens=self._prompt_tokens + generated
         )
@@ -266,42 +256,8 @@ class CompletionResponse(Response):
         first = [s for choice in self._choices if (s := choice.metrics.seconds_to_first_token) is not None]
         reasons = {choice.finish_reason or self._outcome for choice in self._choices}
         self._record.fields |= {
-            "completion_tokens": sum(choice.tokens for choice in self._choices),
+            "completion_tokens": self._generated_tokens,
             "outcome": ",".join(sorted(reasons)),
         }
         if first:
             self._record.fields["first_token_s"] = round(min(first), 6)
-
-
-def _prepare_prompt(
-    completion: CompletionRequest, token_ids: list[int], info: EngineInfo, index: int, prompts: int
-) -> PreparedPrompt:
-    max_tokens = completion.max_tokens
-    if max_tokens is None:
-        # At least 1, so that a prompt without room is what gets the blame.
-        max_tokens = max(1, min(DEFAULT_MAX_TOKENS, info.max_length - len(token_ids)))
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=completion.temperature,
-        top_p=completion.top_p,
-        top_k=0 if completion.top_k == -1 else completion.top_k,
-        min_p=completion.min_p,
-        seed=None if completion.seed is None else completion.seed % SEED_RANGE,
-        stop=tuple(completion.stop),
-        stop_token_ids=tuple(completion.stop_token_ids),
-        ignore_eos=completion.ignore_eos,
-        min_tokens=completion.min_tokens,
-    )
-    try:
-        validate_request(token_ids, params, vocab_size=info.vocab_size, max_length=info.max_length)
-    except InvalidRequestError as error:
-        if prompts == 1 or error.param not in ("prompt", "max_tokens"):
-            raise
-        raise InvalidRequestError(error.param, f"prompt {index} of {prompts}: {error.message}") from None
-    return PreparedPrompt(tuple(token_ids), params)
-
-
-def _choice_body(choice: Choice, piece: Piece) -> ChoiceBody:
-    return ChoiceBody(
-        index=choice.index, text=piece.text, finish_reason=piece.finish_reason, stop_reason=piece.stop_reason
-    )

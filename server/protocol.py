@@ -20,18 +20,12 @@ MAX_STOP_CHARACTERS = 1024
 """Every answer of a request prepares its own search for each stop string."""
 
 UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
-    "echo": (False,),
     "logprobs": (),
     "prompt_logprobs": (),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "add_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
-    "return_token_ids": (False,),
 }
 """Fields of the API that are not supported yet, with the values besides null that ask for nothing."""
 
@@ -62,6 +56,7 @@ class StreamOptions(StrictModel):
     """Options that go with `stream`."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 def _as_list(value: object) -> object:
@@ -85,12 +80,23 @@ class CompletionRequest(StrictModel):
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    add_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
+    echo: bool = False
+    return_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     suffix: str = ""
     priority: Annotated[int, Field(ge=-PRIORITY_LIMIT, lt=PRIORITY_LIMIT)] = 0
     user: Annotated[str, Field(max_length=256)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}\z")] | None = None
+
+    @property
+    def echo_only(self) -> bool:
+        """Whether the prompt alone is the answer, which takes no engine."""
+        return self.echo and self.max_tokens == 0
 
 
 def parse_fields(kind: type[M], fields: dict[str, Any]) -> M:
@@ -109,7 +115,7 @@ def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
             raise invalid(name, f"{name} is not supported by this server yet; leave it out", "unsupported_parameter")
     options = body.get("stream_options")
     if isinstance(options, dict):
-        body["stream_options"] = _stream_options(options)
+        body["stream_options"] = {name: value for name, value in options.items() if value is not None}
     request = parse_fields(CompletionRequest, body)
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options", "stream_options goes with stream: true only")
@@ -164,14 +170,6 @@ def _asks_for_nothing(value: object, defaults: tuple[object, ...]) -> bool:
     return any(value == default and isinstance(value, bool) == isinstance(default, bool) for default in defaults)
 
 
-def _stream_options(options: dict[str, Any]) -> dict[str, Any]:
-    options = {name: value for name, value in options.items() if value is not None}
-    if options.pop("continuous_usage_stats", False) is not False:
-        message = "stream_options.continuous_usage_stats is not supported by this server yet; leave it out"
-        raise invalid("stream_options.continuous_usage_stats", message, "unsupported_parameter")
-    return options
-
-
 def _as_invalid(error: ErrorDetails) -> ApiError:
     # Below a field of the request only names of fields follow; indices of lists are for the message.
     names = [step[:64] for step in error["loc"] if isinstance(step, str)]
@@ -216,6 +214,10 @@ class ChoiceBody(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None
     logprobs: None = None
+    token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
+    """Of the answer, or of what the chunk adds to it; left out unless the client asked for them."""
+    prompt_token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
+    """With `token_ids`, but in the first chunk of an answer only."""
 
 
 class CompletionBody(msgspec.Struct, frozen=True, kw_only=True):

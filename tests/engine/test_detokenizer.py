@@ -6,7 +6,7 @@ from tokenizers import decoders, models
 
 from engine.detokenizer import StreamDecoder, byte_level_table
 from engine.tokenizer import Tokenizer
-from tests.engine.tokenizers_of_tests import CORPUS, byte_fallback, byte_level
+from tests.engine.tokenizers_of_tests import CORPUS, END_OF_TEXT, byte_fallback, byte_level
 
 BYTE_LEVEL = byte_level()
 BYTE_FALLBACK = byte_fallback()
@@ -19,16 +19,16 @@ BROKEN = [b"\xff", b"\xe2", b"\xe2\x82", b"\xf0\x9f\x98", b"\xc3", b"\x80", b"\x
 byte_runs = st.one_of(st.sampled_from(BROKEN), st.text(min_size=1, max_size=3).map(str.encode), st.binary(max_size=4))
 
 
-def pieces_of(tokenizer: tokenizers.Tokenizer, token_ids: list[int]) -> list[str]:
-    decoder = Tokenizer(tokenizer).new_decoder()
+def pieces_of(tokenizer: tokenizers.Tokenizer, token_ids: list[int], *, skip: bool = True) -> list[str]:
+    decoder = Tokenizer(tokenizer).new_decoder(skip_special_tokens=skip)
     return [*(decoder.push((token,)) for token in token_ids), decoder.finish()]
 
 
-@given(st.lists(st.integers(0, len(TABLE) + 3)))
+@given(st.lists(st.one_of(st.integers(0, len(TABLE) + 3), st.just(0))), st.booleans())
 @settings(max_examples=300)
-def test_random_ids_decode_as_they_do_at_once(token_ids: list[int]) -> None:
-    expected = BYTE_LEVEL.decode(token_ids, skip_special_tokens=True)
-    assert "".join(pieces_of(BYTE_LEVEL, token_ids)) == expected
+def test_random_ids_decode_as_they_do_at_once(token_ids: list[int], skip: bool) -> None:
+    expected = BYTE_LEVEL.decode(token_ids, skip_special_tokens=skip)
+    assert "".join(pieces_of(BYTE_LEVEL, token_ids, skip=skip)) == expected
 
 
 @given(st.lists(byte_runs).map(b"".join))
@@ -63,8 +63,9 @@ def test_real_text_comes_back(name: str, text: str) -> None:
     assert "".join(pieces_of(tokenizer, token_ids)) == text
 
 
-def test_special_tokens_have_no_bytes_and_other_added_ones_spell_themselves() -> None:
+def test_special_tokens_have_no_bytes_if_skipped_and_other_added_ones_spell_themselves() -> None:
     assert TABLE[0] == b""
+    assert (byte_level_table(BYTE_LEVEL, skip_special_tokens=False) or [])[0] == END_OF_TEXT.encode()
     assert TABLE[-1] == "two words 漢".encode()
     assert sorted(BYTES.values()) == sorted(set(BYTES.values()))
 
@@ -83,11 +84,11 @@ def test_other_vocabularies_decode_any_text_as_they_do_at_once(text: str) -> Non
     assert "".join(pieces_of(BYTE_FALLBACK, token_ids)) == expected
 
 
-@given(st.lists(st.integers(0, BYTE_FALLBACK.get_vocab_size() - 1)))
+@given(st.lists(st.one_of(st.integers(0, BYTE_FALLBACK.get_vocab_size() - 1), st.just(0))), st.booleans())
 @settings(max_examples=300)
-def test_other_vocabularies_lose_nothing_to_broken_bytes(token_ids: list[int]) -> None:
-    expected = BYTE_FALLBACK.decode(token_ids, skip_special_tokens=True)
-    pieces = pieces_of(BYTE_FALLBACK, token_ids)
+def test_other_vocabularies_lose_nothing_to_broken_bytes(token_ids: list[int], skip: bool) -> None:
+    expected = BYTE_FALLBACK.decode(token_ids, skip_special_tokens=skip)
+    pieces = pieces_of(BYTE_FALLBACK, token_ids, skip=skip)
     handed_out = sum(map(len, pieces[:-1]))
     assert pieces[-1] == expected[handed_out:]
 

@@ -36,7 +36,11 @@ def every_route() -> list[tuple[str, str]]:
     """Method and path of every route of the application, and of one that is not there."""
     routes = [route for route in Harness().app.routes if isinstance(route, Route)]
     return [
-        *((method, route.path.replace("{model_id:path}", "fox")) for route in routes for method in route.methods or ()),
+        *(
+            (method, route.path.replace("{model_id:path}", "fox"))
+            for route in routes
+            for method in sorted(route.methods or ())
+        ),
         ("GET", "/nothing"),
         ("OPTIONS", "/v1/completions"),
     ]

@@ -67,7 +67,11 @@ def serving(model: SoakModel, arguments: argparse.Namespace, directory: Path) ->
         yield url, process.pid
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
         sys.stderr.write(log.read_text(encoding="utf-8", errors="replace")[-4000:])
 
 
@@ -82,17 +86,21 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     raise RuntimeError(f"the server exited with {process.returncode} before it was ready")
 
 
-def differences(model: SoakModel, soaked: Soaked) -> list[Difference]:
-    """Of the answers under load from those alone."""
-    pairs = [(asked, asked.alone) for asked in soaked.asked if asked.alone is not None]
-    unequal = [(asked, alone) for asked, alone in pairs if alone != asked.loaded]
-    if not unequal:
-        return []
+def judged_differences(model: SoakModel, soaked: Soaked, seconds: float) -> list[Difference]:
+    """Of the answers under load from those alone, as many as the oracle can look at in so many seconds."""
+    found: list[Difference] = []
+    if not soaked.different:
+        return found
     oracle = Oracle(model.config, model.tensors())
-    return [oracle.compare(asked.ask, asked.loaded, alone) for asked, alone in unequal]
+    end = time.monotonic() + seconds
+    for ask, loaded, alone in soaked.different:
+        found.append(oracle.compare(ask, loaded, alone))
+        if time.monotonic() > end:
+            break
+    return found
 
 
-def judge(model: SoakModel, soaked: Soaked, different: list[Difference]) -> dict[str, list[str]]:
+def judge(model: SoakModel, soaked: Soaked, judged: list[Difference]) -> dict[str, list[str]]:
     """What is wrong, by check; nothing where a check passes."""
     unexpected = [
         reason
@@ -102,7 +110,7 @@ def judge(model: SoakModel, soaked: Soaked, different: list[Difference]) -> dict
     restarts = soaked.last.metrics.get("engine_restarts_total")
     wrong = [
         f"token {found.place} scores {found.deficit:.4g} below the best: {found.ask}"
-        for found in different
+        for found in judged
         if not found.deficit <= model.tie
     ]
     unanswered = sum(asked.alone is None for asked in soaked.asked)
@@ -126,7 +134,7 @@ def result_row(
     model: SoakModel,
     arguments: argparse.Namespace,
     soaked: Soaked,
-    different: list[Difference],
+    judged: list[Difference],
     passed: dict[str, bool],
 ) -> dict[str, Any]:
     """The line of the results."""
@@ -154,8 +162,9 @@ def result_row(
         "kills": KILLS,
         "outage_seconds": [round(end - start, 1) for start, end in soaked.outages],
         "checked": len(soaked.asked),
-        "different": len(different),
-        "worst_deficit": round(max((found.deficit for found in different), default=0.0), 6),
+        "different": len(soaked.different),
+        "judged": len(judged),
+        "worst_deficit": round(max((found.deficit for found in judged), default=0.0), 6),
         "tie": model.tie,
         "mebibytes": {name: [round(a), round(b)] for name, (a, b) in growth(soaked.snapshots).items()},
         "passed": passed,
@@ -185,7 +194,12 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8, help="of load")
-    parser.add_argument("--check-minutes", type=float, default=1, help="to ask sampled requests again, each alone")
+    parser.add_argument(
+        "--check-minutes",
+        type=float,
+        default=1,
+        help="to ask sampled requests again, each alone; and again as much, at most, for the oracle",
+    )
     parser.add_argument("--model", default="default", choices=MODEL_NAMES)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rows", type=int, default=None, help="rows of the engine (default: 64 on the CPU, else 512)")
@@ -211,9 +225,9 @@ def main() -> int:
     )
     with tempfile.TemporaryDirectory() as directory, serving(model, arguments, Path(directory)) as (url, pid):
         soaked = asyncio.run(soak(Watcher(url, pid, has_gpu=arguments.device != "cpu"), model, plan))
-    different = differences(model, soaked)
-    problems = judge(model, soaked, different)
-    row = result_row(model, arguments, soaked, different, {name: not found for name, found in problems.items()})
+    judged = judged_differences(model, soaked, plan.check_seconds)
+    problems = judge(model, soaked, judged)
+    row = result_row(model, arguments, soaked, judged, {name: not found for name, found in problems.items()})
     show(row, problems)
     if not arguments.no_results:
         append("soak", [row])

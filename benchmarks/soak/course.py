@@ -64,6 +64,15 @@ class Soaked:
     leftovers: list[str]
     """Tasks and threads of the client that did not end."""
 
+    @property
+    def different(self) -> list[tuple[Ask, Answer, Answer]]:
+        """Requests that were answered under load and alone, and not the same."""
+        return [
+            (asked.ask, asked.loaded, asked.alone)
+            for asked in self.asked
+            if asked.alone is not None and asked.alone != asked.loaded
+        ]
+
 
 async def soak(watcher: Watcher, model: SoakModel, plan: Plan) -> Soaked:
     """All of it, on a server that is ready. Raises FailedError if it cannot be loaded at all."""

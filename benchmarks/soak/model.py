@@ -77,7 +77,7 @@ def soak_model(name: str) -> SoakModel:
         directory = embedded_model_directory()
         return SoakModel(name, ModelConfig.load(directory), "float32", tie=1e-4, truncates=True, weights=directory)
     config = {"block-302M": block_transformer(layers=12, hidden_size=1024, head_size=64, max_length=2048)}[name]
-    return SoakModel(name, config, "bfloat16", tie=0.1, truncates=False, weights=None)
+    return SoakModel(name, config, "bfloat16", tie=0.03, truncates=False, weights=None)
 
 
 MODEL_NAMES = ("default", "block-302M")

@@ -2,10 +2,10 @@
 
 The two may differ by rounding: matrix products of different batch shapes round differently. So the first token that
 differs is put to the naive model in float32, over the tokens that both answers share: with the request's noise, both
-candidates have to score within `tie` of its best. In float32 that is 1e-4. In bfloat16 it is 0.1: rounding shifts the
-logits of the random-weight model by hundredths, while a token from another row's context, cache or noise lies whole
-units below the best (50304 scores of deviation 0.64 plus, where sampled, Gumbel noise). What comes after the first
-difference is a different text, and is not compared.
+candidates have to score within `tie` of its best. In float32 that is 1e-4. In bfloat16 it is 0.03: of 72 tokens that
+block-302M chose in a batch of six on the CPU, the one furthest below the oracle's best was 0.0025 off, while a token
+from another row's context, cache or noise lies whole units below it (50304 scores with a deviation of 0.64 and, where
+sampled, Gumbel noise). What comes after the first difference is a different text, and is not compared.
 """
 
 from collections.abc import Mapping, Sequence

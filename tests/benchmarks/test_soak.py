@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.soak.__main__ import judge
+from benchmarks.soak.course import Asked, Soaked
 from benchmarks.soak.model import number_tokenizer, soak_model
-from benchmarks.soak.oracle import Oracle
-from benchmarks.soak.traffic import Answer, Ask, Sample, asks
+from benchmarks.soak.oracle import Difference, Oracle
+from benchmarks.soak.traffic import Answer, Ask, Capacity, Sample, Tally, asks
 from benchmarks.soak.watch import ProcessState, Snapshot, grown, growth, leaks, processes_of
 from engine.config import ModelConfig
 from engine.model.naive import NaiveBlockTransformer
@@ -146,3 +148,42 @@ async def test_processes_are_found_by_what_they_run(child: int) -> None:
     assert engine.rss > 1
     assert engine.descriptors >= 3
     assert engine.threads == 1
+
+
+def soaked(asked: list[Asked], failures: list[tuple[float, str]], restarts: int = 2) -> Soaked:
+    return Soaked(
+        capacity=Capacity(1.0, 1.0, 1.0),
+        warm=snapshot(0),
+        last=snapshot(99, engine_restarts_total=restarts),
+        snapshots=[snapshot(second) for second in range(20)],
+        tally=Tally(failures=failures),
+        seconds=20.0,
+        outages=[(5.0, 8.0)],
+        asked=asked,
+        leftovers=[],
+    )
+
+
+def test_every_kind_of_problem_fails_its_check(ask: Ask) -> None:
+    answer = Answer((1, 2), "length")
+    other = Answer((1, 3), "length")
+    model = soak_model("default")
+    good = soaked([Asked(ask, answer, answer)], failures=[(6.0, "503")])
+    assert not any(judge(model, good, []).values())
+
+    def failed(run: Soaked, judged: list[Difference] | None = None) -> list[str]:
+        return [name for name, problems in judge(model, run, judged or []).items() if problems]
+
+    assert failed(soaked([Asked(ask, answer, answer)], failures=[(9.0, "503")])) == ["failures"]
+    assert failed(soaked([Asked(ask, answer, answer)], failures=[], restarts=3)) == ["engines"]
+    assert failed(soaked([Asked(ask, answer, None)], failures=[])) == ["answers"]
+    assert failed(soaked([], failures=[])) == ["answers"]
+    assert failed(replace(good, leftovers=["Task-7"])) == ["client"]
+    assert failed(replace(good, last=snapshot(99, engine_restarts_total=2, requests_waiting=1))) == ["idle"]
+    growing = [snapshot(second, rss=100.0 * second) for second in range(20)]
+    assert failed(replace(good, snapshots=growing)) == ["memory"]
+    different = soaked([Asked(ask, answer, other)], failures=[])
+    assert different.different == [(ask, answer, other)]
+    assert failed(different, [Difference(ask, 1, 0.5e-4)]) == []
+    assert failed(different, [Difference(ask, 1, 2e-4)]) == ["answers"]
+    assert failed(different, [Difference(ask, 1, float("nan"))]) == ["answers"]

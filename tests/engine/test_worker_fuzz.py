@@ -146,11 +146,15 @@ def check_life(bench: WorkerBench, sends: list[tuple[int, bytes]], seen: Counter
     for peer, data in zip(hostile, sent, strict=True):
         check_answers(peer, data, seen)
         peer.close()
+    bench.turn_until(lambda: len(bench.listener.peers) == 1, timeout=5)
+    load = bench.core.load_now
+    assert load.running + load.waiting == (not good.finished(GOOD.request_id)), "who has left holds something"
+    bench.core.check_integrity()
     bench.turn_until(lambda: good.finished(GOOD.request_id), timeout=5)
     assert good.tokens(GOOD.request_id) == expected()
     good.close()
     bench.turn_until(lambda: not bench.listener.peers, timeout=5)
-    bench.turn_until(lambda: bench.core.load_now == EngineLoad(), timeout=5)
+    assert bench.core.load_now == EngineLoad()
     bench.core.check_integrity()
 
 

@@ -43,6 +43,7 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("max_tokens", "16", "max_tokens"),
     ("max_tokens", True, "max_tokens"),
     ("max_tokens", [16], "max_tokens"),
+    ("max_tokens", {}, "max_tokens"),
     ("temperature", -0.1, "temperature"),
     ("temperature", 2.1, "temperature"),
     ("temperature", "1", "temperature"),
@@ -50,11 +51,14 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("temperature", 10**400, "temperature"),
     ("top_p", 0, "top_p"),
     ("top_p", 1.01, "top_p"),
+    ("top_p", -0.5, "top_p"),
+    ("top_p", "1", "top_p"),
     ("top_k", -2, "top_k"),
     ("top_k", 1.5, "top_k"),
     ("top_k", 1 << 40, "top_k"),
     ("min_p", -0.01, "min_p"),
     ("min_p", 1.01, "min_p"),
+    ("min_p", True, "min_p"),
     ("seed", 1.5, "seed"),
     ("seed", "7", "seed"),
     ("seed", True, "seed"),
@@ -114,14 +118,24 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("echo", "true", "echo"),
     ("logprobs", 0, "logprobs"),
     ("logprobs", 1, "logprobs"),
+    ("logprobs", 21, "logprobs"),
+    ("logprobs", -1, "logprobs"),
+    ("logprobs", True, "logprobs"),
     ("prompt_logprobs", 1, "prompt_logprobs"),
     ("presence_penalty", 0.5, "presence_penalty"),
     ("presence_penalty", False, "presence_penalty"),
+    ("presence_penalty", 2.1, "presence_penalty"),
+    ("presence_penalty", "0", "presence_penalty"),
     ("frequency_penalty", -1, "frequency_penalty"),
+    ("frequency_penalty", -2.1, "frequency_penalty"),
     ("repetition_penalty", 1.1, "repetition_penalty"),
     ("repetition_penalty", True, "repetition_penalty"),
+    ("repetition_penalty", 0, "repetition_penalty"),
+    ("repetition_penalty", -1, "repetition_penalty"),
     ("logit_bias", {"5": 1}, "logit_bias"),
     ("logit_bias", [], "logit_bias"),
+    ("logit_bias", {"320": 1}, "logit_bias"),
+    ("logit_bias", {"fox": 1}, "logit_bias"),
     ("include_stop_str_in_output", 1, "include_stop_str_in_output"),
     ("include_stop_str_in_output", "yes", "include_stop_str_in_output"),
     ("skip_special_tokens", 0, "skip_special_tokens"),
@@ -161,6 +175,21 @@ BAD_BODIES: list[tuple[str, bytes, int, str | None]] = [
     ("half a surrogate deep inside", b'{"prompt": "Hi", "logit_bias": {"a": ["\\udc00"]}}', 400, "logit_bias"),
     ("too large", b'{"prompt": "' + b"x" * 5000 + b'"}', 413, None),
 ]
+
+
+def test_every_field_is_in_the_table() -> None:
+    assert {*CompletionRequest.model_fields, *UNSUPPORTED_FIELDS} <= {field for field, _, _ in BAD_FIELDS}
+
+
+@pytest.mark.parametrize("field", sorted({*CompletionRequest.model_fields, *UNSUPPORTED_FIELDS} - {"prompt"}))
+async def test_null_is_what_a_field_left_out_is(field: str) -> None:
+    harness = Harness()
+    assert (await harness.complete(seed=1, **({field: None} if field != "seed" else {}))).status_code == 200
+    assert (await harness.complete(seed=1)).status_code == 200
+    first, second = harness.engine.requests
+    assert (first.params, first.priority, first.prompt_token_ids) == (
+        second.params, second.priority, second.prompt_token_ids,
+    )  # fmt: skip
 
 
 def is_envelope(body: Any) -> bool:
@@ -210,6 +239,26 @@ async def test_fan_out_counts_prompts_times_n() -> None:
     assert (await harness.complete(prompt=["a", "b", "c"], n=2)).status_code == 200
     response = await harness.complete(prompt=["a", "b", "c"], n=3)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "n")
+
+
+async def test_the_limits_are_the_operators() -> None:
+    limits: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
+        ({"max_choices": 2}, {"n": 2}, {"n": 3}, "n"),
+        ({"max_choices": 2}, {"prompt": ["a", "b"]}, {"prompt": ["a", "b", "c"]}, "prompt"),
+        ({"max_stop_strings": 2}, {"stop": ["a", "b"]}, {"stop": ["a", "b", "c"]}, "stop"),
+    ]
+    for limit, fits, exceeds, param in limits:
+        assert (await Harness(**limit).complete(**fits)).status_code == 200
+        refused = await Harness(**limit).complete(**exceeds)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+async def test_the_defaults_of_the_limits() -> None:
+    assert (await Harness().complete(n=1024)).status_code == 200
+    assert (await Harness().complete(prompt=[[5]] * 512, n=2)).status_code == 200
+    assert (await Harness().complete(stop=["x"] * 16)).status_code == 200
+    assert (await Harness().complete(prompt=[5] * 200, max_tokens=56)).status_code == 200
+    assert (await Harness().complete(prompt=[5] * 200, max_tokens=57)).status_code == 400
 
 
 async def test_the_message_says_which_of_several_prompts_is_at_fault() -> None:

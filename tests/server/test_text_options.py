@@ -266,6 +266,14 @@ async def test_every_chunk_counts_what_was_generated_until_it(unit: str, include
     assert bool(chunks[-1]["choices"]) == (not include_usage)
 
 
+async def test_with_a_chunk_a_token_the_count_goes_up_by_one() -> None:
+    ids = tokenizer().encode("a fox and 😀 dog")
+    harness = Harness(says(ids, sizes=(2, 3)), stream_chunks="token")
+    options = {"continuous_usage_stats": True}
+    *chunks, _ = events((await harness.complete(stream=True, stream_options=options, max_tokens=99)).text)
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == list(range(1, len(ids) + 1))
+
+
 # --- all together ------------------------------------------------------------------------------------------------
 
 pieces = st.sampled_from(["a", "é", "漢", "😀", SPECIAL, " fox", "\n"]).map(lambda text: tokenizer().encode(text))
@@ -286,7 +294,7 @@ fields_of_requests = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     answers, st.sampled_from(["stop", "length"]), st.lists(st.integers(1, 5), min_size=1, max_size=3),
     fields_of_requests,

@@ -173,7 +173,7 @@ class Harness:
         self.state = AppState(
             engine=self.engine,
             tokenizer=spoken or tokenizer(),
-            settings=ServeSettings(served_model_name=("fox", "fox-alias"), **settings),
+            settings=ServeSettings(**{"served_model_name": ("fox", "fox-alias"), **settings}),
             metrics=MetricsRecorder(self.counted.add),
             render_metrics=self.render,
             service=ServiceState(healthy=True, engines_up=1, draining=False),

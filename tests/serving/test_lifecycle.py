@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,41 @@ def test_sigterm_finishes_what_is_open_and_refuses_what_is_new(own_server: Serve
     assert done == "data: [DONE]"
     assert own_server.process.wait(30) == 0
     assert "Traceback" not in own_server.log.read_text()
+
+
+def descriptors(server: ServerProcess) -> dict[str, int]:
+    """Open descriptors of each process."""
+    pids = {"supervisor": server.process.pid} | {name: pid_of(server, name) for name in ("engine 0", "api 0")}
+    return {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in pids.items()}
+
+
+def burst(server: ServerProcess) -> None:
+    """Answers, streams that are hung up on midway, bad requests, garbage, and connections that say nothing."""
+    address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: complete(server, SHORT).status_code, range(16)))
+        refused = list(pool.map(lambda _: complete(server, {**SHORT, "max_tokens": -1}).status_code, range(16)))
+    assert (set(answers), set(refused)) == ({200}, {400})
+    for _ in range(4):
+        with streaming(server, LONG):
+            pass
+    for data in (b"\x00\xff" * 50, b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nContent-Le", b""):
+        for _ in range(8):
+            with socket.create_connection(address, timeout=5) as stream:
+                stream.sendall(data)
+
+
+def test_no_descriptor_is_left_open(own_server: ServerProcess) -> None:
+    burst(own_server)
+    wait_until(lambda: own_server.metric("requests_running", engine="0") == 0, what="an idle engine")
+    time.sleep(1)
+    before = descriptors(own_server)
+    burst(own_server)
+
+    def as_before() -> bool:
+        return all(count <= before[name] for name, count in descriptors(own_server).items())
+
+    wait_until(as_before, what=f"no more descriptors than before, {before}")
 
 
 def test_a_hung_step_turns_health_red_and_ends_the_service(own_server: ServerProcess) -> None:

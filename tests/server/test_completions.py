@@ -1,6 +1,7 @@
 """Whole and streamed answers."""
 
 import asyncio
+import threading
 
 import msgspec
 import pytest
@@ -80,12 +81,21 @@ async def test_four_prompt_forms() -> None:
         assert response.json()["usage"]["prompt_tokens"] == sum(map(len, expected))
 
 
-async def test_a_long_text_is_tokenised_in_a_thread_to_the_same_ids() -> None:
+async def test_a_long_text_is_tokenised_in_a_thread_to_the_same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "the fox " * 4000
     harness = Harness()
     harness.engine.info = msgspec.structs.replace(INFO, max_length=1 << 20)
+    encode, threads = harness.state.tokenizer.encode, []
+
+    def recording(text: str, *, add_special_tokens: bool = True) -> list[int]:
+        threads.append(threading.get_ident())
+        return encode(text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(harness.state.tokenizer, "encode", recording)
     assert (await harness.complete(prompt=text)).status_code == 200
-    assert list(harness.engine.requests[0].prompt_token_ids) == tokenizer().encode(text)
+    assert list(harness.engine.requests[0].prompt_token_ids) == encode(text)
+    # The first is the server's; the fake engine encodes its answer after that.
+    assert threads[0] != threading.get_ident()
 
 
 async def test_fields_reach_the_engine() -> None:

@@ -1,5 +1,7 @@
 """POST /tokenize, POST /detokenize, GET /tokenizer_info."""
 
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -45,11 +47,27 @@ async def test_special_tokens_are_added_unless_they_are_not_wanted(choice: bool 
     assert answer.json()["tokens"] == (expected if choice is False else [EOS, *expected])
 
 
-async def test_a_long_text_and_many_tokens_are_left_to_a_thread() -> None:
-    text = "the fox " * 4000
-    ids = tokenizer().encode(text)
-    assert (await post("/tokenize", prompt=text)).json()["tokens"] == ids
-    assert (await post("/detokenize", tokens=ids * 3)).json()["prompt"] == text * 3
+@pytest.mark.parametrize(("times", "here"), [(1, True), (8000, False)])
+async def test_a_long_text_and_many_tokens_are_left_to_a_thread(
+    times: int, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, harness, threads = "the fox " * times, Harness(), []
+    spoken = harness.state.tokenizer
+    encode, decode = spoken.encode, spoken.decode
+
+    def recording_encode(text: str, *, add_special_tokens: bool) -> list[int]:
+        threads.append(threading.get_ident())
+        return encode(text, add_special_tokens=add_special_tokens)
+
+    def recording_decode(token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        threads.append(threading.get_ident())
+        return decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    monkeypatch.setattr(spoken, "encode", recording_encode)
+    monkeypatch.setattr(spoken, "decode", recording_decode)
+    tokens = (await post("/tokenize", harness, prompt=text)).json()["tokens"]
+    assert (await post("/detokenize", harness, tokens=tokens)).json()["prompt"] == text
+    assert [thread == threading.get_ident() for thread in threads] == [here, here]
 
 
 async def test_ids_that_only_the_model_has_stand_for_nothing() -> None:

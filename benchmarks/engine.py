@@ -30,7 +30,6 @@ from benchmarks.profile import PROFILE_ANSWER_TOKENS, PROFILE_STEP_POSITIONS, pr
 from benchmarks.results import append, provenance
 from engine.config import DTYPES, EngineConfig
 from engine.core import EngineCore
-from engine.graphs import bucket_of
 from engine.model.block_transformer import BlockTransformer
 from engine.options import resolve_options
 from engine.process_config import EngineOptions
@@ -118,15 +117,6 @@ def loaded_core(model: BenchmarkModel, config: EngineConfig) -> Iterator[EngineC
         gc.unfreeze()
 
 
-def capture_graphs(core: EngineCore, config: EngineConfig, model: BenchmarkModel) -> None:
-    """Run a step of every size that has a graph of its own, so that none is captured while a run is timed."""
-    length = model.config.block_length
-    one_block = Workload("warm-up", prompt_tokens=length, answer_tokens=length)
-    buckets = {bucket_of(rows, config.max_rows) for rows in range(1, config.max_rows + 1)}
-    for rows in sorted(buckets, reverse=True):
-        run_requests(core, make_requests(one_block, rows, model.config.vocab_size))
-
-
 def warm_up(core: EngineCore, config: EngineConfig, model: BenchmarkModel, workload: Workload) -> None:
     """A few full steps of the workload's prompts, with answers of two blocks."""
     length = model.config.block_length
@@ -177,8 +167,6 @@ def measure_model(model: BenchmarkModel, arguments: argparse.Namespace) -> Itera
     numbers = {name: arguments.requests or _default_requests(name, model, arguments) for name in arguments.workloads}
     config = engine_config(model, arguments, max_waiting=max(*numbers.values(), arguments.rows or model.rows))
     with loaded_core(model, config) as core:
-        if config.device != "cpu" and config.cuda_graphs:
-            capture_graphs(core, config, model)
         for name, number in numbers.items():
             workload = WORKLOADS[name]
             warm_up(core, config, model, workload)

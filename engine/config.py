@@ -181,7 +181,7 @@ class EngineConfig(_Frozen):
     max_step_positions: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
     """Positions one step may work on: decoding rows first, then prompt chunks with what is left."""
     kv_bytes: Annotated[int, Field(gt=0)] | None = None
-    """Memory for the KV cache. None: `memory_fraction` of what is free on the device once the weights are loaded."""
+    """Memory for the KV cache. None: what steps leave of `memory_fraction` of the free memory behind the weights."""
     memory_fraction: Annotated[float, Field(gt=0, le=0.98)] = 0.9
     overlapped: bool = False
     """Plan and commit steps while the device runs the next one. False: one step at a time, from plan to commit."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from engine.graphs import DecodeGraphs
 from engine.kv_cache import KVCache, KVLayout, free_memory, plan_pages
 from engine.model.block_transformer import BlockTransformer
 from engine.page_pool import PagePool
+from engine.rehearsal import activation_bytes
 from engine.runner import Runner, StepInFlight
 from engine.scheduler import Scheduler, StepPlan
 from engine.sequence import Sequence, SequenceState
@@ -58,7 +60,10 @@ class EngineCore:
         self._model_config = model.config
         device, dtype = torch.device(config.device), getattr(torch, config.dtype)
         layout = KVLayout.of(model.config.block_decoder, config.page_size, dtype)
-        cache = KVCache.allocate(layout, plan_pages(layout, model.config, config, free_memory(device)), device)
+        build = partial(_runner, config, model, kernels)
+        activations = activation_bytes(build, layout, config)
+        pages = plan_pages(layout, model.config, config, free_memory(device), activations)
+        cache = KVCache.allocate(layout, pages, device)
         self._pool = PagePool(cache.pages)
         self._scheduler = Scheduler(
             pool=self._pool,
@@ -69,7 +74,8 @@ class EngineCore:
             block_length=model.config.block_length,
             eos_token_id=model.config.eos_token_id,
         )
-        self._runner = _runner(config, model, kernels, cache)
+        self._runner = build(cache)
+        self._runner.capture_graphs()
         self._in_flight: tuple[StepPlan, StepInFlight] | None = None
         self.step_underway: StepPlan | None = None
         """The step that `step` worked on last, and works on as long as it has not returned."""

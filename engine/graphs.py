@@ -1,4 +1,4 @@
-"""CUDA graphs of the decode step, one for each bucket of rows, captured when first needed."""
+"""CUDA graphs of the decode step, one for each bucket of rows."""
 
 from dataclasses import dataclass
 
@@ -43,6 +43,16 @@ class DecodeGraphs:
         # One for all captures: cuBLAS keeps a workspace for each stream that it has seen.
         self._warm_up_stream = torch.cuda.Stream()
         self._captured: dict[int, _Captured] = {}
+
+    def capture_all(self) -> bool:
+        """Capture every bucket's graph, the largest first: the others find its memory in the pool. Always True.
+
+        A graph that memory does not suffice for is captured when it is needed.
+        """
+        for bucket in sorted({bucket_of(rows, self._max_rows) for rows in range(1, self._max_rows + 1)}, reverse=True):
+            if bucket not in self._captured:
+                self._captured[bucket] = self._capture(bucket)
+        return True
 
     def run(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """As `DecodeStep.run`, for the rows of the list; what is returned is overwritten by the next run.

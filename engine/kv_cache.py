@@ -58,24 +58,27 @@ class KVCache:
         return self.keys.shape[1] - 1
 
 
-def plan_pages(layout: KVLayout, model: ModelConfig, config: EngineConfig, free_bytes: int) -> int:
+def plan_pages(
+    layout: KVLayout, model: ModelConfig, config: EngineConfig, free_bytes: int, activation_bytes: int = 0
+) -> int:
     """How many pages to allocate, the null page not counted.
 
-    `kv_bytes` is taken as it is; otherwise `memory_fraction` of `free_bytes`, but no more than all rows can use.
+    `kv_bytes` is taken as it is; otherwise what `activation_bytes` leave of `memory_fraction` of `free_bytes`, but no
+    more than all rows can use.
     Raises ConfigError where one request of the model's maximum length would not fit.
     """
     pages_per_row = -(-model.max_positions // layout.page_size)
     if config.kv_bytes is not None:
         pages = config.kv_bytes // layout.page_bytes - 1
     else:
-        affordable = int(free_bytes * config.memory_fraction) // layout.page_bytes - 1
+        affordable = (int(free_bytes * config.memory_fraction) - activation_bytes) // layout.page_bytes - 1
         pages = min(affordable, config.max_rows * pages_per_row)
     if pages < pages_per_row:
         needed = (pages_per_row + 1) * layout.page_bytes
         given = (
             f"kv_bytes {config.kv_bytes}"
             if config.kv_bytes is not None
-            else (f"memory_fraction {config.memory_fraction} of {free_bytes} free bytes")
+            else f"memory_fraction {config.memory_fraction} of {free_bytes} free bytes, less {activation_bytes}"
         )
         raise ConfigError(
             f"kv_bytes: one request of the model's maximum length ({model.max_length} tokens) needs {needed} bytes of "

@@ -19,7 +19,7 @@ from engine.batch_tables import BatchTables
 from engine.decode_limit import DecodeLimit
 from engine.decode_step import DecodeStep
 from engine.graphs import DecodeGraphs
-from engine.kv_cache import KVCache
+from engine.kv_cache import NULL_PAGE, KVCache
 from engine.model.block_decoder import PrefillBatch
 from engine.model.block_transformer import BlockTransformer
 from engine.out_of_memory import is_out_of_memory
@@ -106,6 +106,24 @@ class Runner:
         self._limit = DecodeLimit(tables.max_rows)
 
     @torch.inference_mode()
+    def rehearse(self, positions: int, rows: int) -> None:
+        """Compute a prefill of so many positions and a decode step of so many rows, of the padding row and null page.
+
+        What is compiled at first use is compiled then. No row changes. Raises what running out of memory raises.
+        """
+        with self._staging.step():
+            if positions:
+                self._model.prefill(*self._padding_chunks(positions), self._cache.keys, self._cache.values)
+            if rows:
+                self._decode.run(self._staging.upload([self._tables.padding_row] * rows, np.int32))
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """Capture the graph of every bucket of rows; later, when one is needed, where memory is too short."""
+        if self._graphs is not None and not self._attempt(self._graphs.capture_all):
+            log.warning("the device ran out of memory for graphs of the decode step: lower kv_bytes or max_rows")
+
+    @torch.inference_mode()
     def launch(self, plan: StepPlan, given_up: Collection[Sequence] = ()) -> StepInFlight:
         """Queue the step that `plan` describes. On CUDA this does not wait for the device; on the CPU it computes.
 
@@ -167,6 +185,25 @@ class Runner:
                 step.failed.update(part)
             start += len(part)
         self._limit.step_done()
+
+    def _padding_chunks(self, positions: int) -> tuple[Tensor, PrefillBatch]:
+        """Blocks of token 0 at so many positions, in chunks of the greatest length."""
+        longest, page_size = (
+            self._tables.page_table.shape[1] * self._cache.layout.page_size,
+            self._cache.layout.page_size,
+        )
+        where = np.arange(positions) % longest
+        offsets = np.append(np.arange(0, positions, longest), positions)
+        chunks, upload = len(offsets) - 1, self._staging.upload
+        batch = PrefillBatch(
+            positions=upload(where, np.int32),
+            slots=upload(NULL_PAGE * page_size + where % page_size, np.int64),
+            page_table=self._tables.page_table,
+            chunk_rows=upload([self._tables.padding_row] * chunks, np.int32),
+            chunk_offsets=upload(offsets, np.int32),
+            chunk_positions=upload([0] * chunks, np.int32),
+        )
+        return upload(np.zeros((positions, self._block_length)), np.int32), batch
 
     def _run_rows(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         if self._graphs is not None:

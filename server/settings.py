@@ -130,7 +130,7 @@ class ServeSettings(BaseModel):
         None, "Engine", "BYTES", "memory for the KV cache, like 2GiB; instead of --memory-fraction", shown="off"
     )
     memory_fraction: Annotated[float, Field(gt=0, le=0.98, allow_inf_nan=False)] = _setting(
-        0.9, "Engine", "X", "share of the device's memory left by the weights that the KV cache may take"
+        0.9, "Engine", "X", "share of the device's memory left by the weights that the KV cache and steps may take"
     )
 
     sync: bool = _setting(

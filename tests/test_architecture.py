@@ -25,6 +25,7 @@ TORCH_MODULES = {
     "model",
     "options",
     "out_of_memory",
+    "rehearsal",
     "runner",
     "staging",
     "weights",

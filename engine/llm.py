@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,9 +104,9 @@ class LLM:
         """
         pending = self._prepare(prompts, params)
         answers: list[Completion | None] = [None] * len(pending)
-        with self._progress(disable=not progress) as bar:
+        with self._progress(disable=not progress) as bar, closing(self._run(pending)) as updates:
             task, tokens = bar.add_task("generating", total=len(pending), tokens=0), 0
-            for opened, update in self._run(pending):
+            for opened, update in updates:
                 text_and_end = opened.take(update)
                 tokens += len(update.token_ids)
                 if text_and_end[1] is not None:
@@ -117,12 +118,14 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[str]:
         """Yield the answer's text as it is written, a block at a time."""
-        for opened, update in self._run(self._prepare([prompt], params)):
-            text, end = opened.take(update)
-            if text:
-                yield text
-            if end is not None:
-                self._core.abort(opened.request.request_id)
+        # Closed here: not every Python closes what the frame of a closed generator iterates over.
+        with closing(self._run(self._prepare([prompt], params))) as updates:
+            for opened, update in updates:
+                text, end = opened.take(update)
+                if text:
+                    yield text
+                if end is not None:
+                    self._core.abort(opened.request.request_id)
 
     def _prepare(
         self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None
@@ -149,7 +152,7 @@ class LLM:
         self._next_id += 1
         return _Open(index, prompt, request, TextStream(self.tokenizer, params))
 
-    def _run(self, pending: list[_Open]) -> Iterator[tuple[_Open, Delta]]:
+    def _run(self, pending: list[_Open]) -> Generator[tuple[_Open, Delta]]:
         """Feed the engine as it has room and yield what it delivers until all have ended.
 
         The consumer ends an answer early by aborting it; what it leaves open when it stops iterating is aborted here.

@@ -9,10 +9,10 @@ from engine.types import InvalidRequestError
 PROMPTS = ["Once upon a time", "The little dog", "Lily and Tom"]
 
 
-@pytest.fixture(scope="module")
-def llm() -> LLM:
+@pytest.fixture(scope="module", params=[False, True], ids=["synchronous", "overlapped"])
+def llm(request: pytest.FixtureRequest) -> LLM:
     """One model for all tests: each leaves its engine empty."""
-    return LLM(device="cpu", max_rows=2, max_waiting=3, max_step_positions=64)
+    return LLM(device="cpu", max_rows=2, max_waiting=3, max_step_positions=64, overlapped=request.param)
 
 
 def test_answers_come_in_the_order_of_the_prompts_however_many(llm: LLM) -> None:
@@ -46,6 +46,7 @@ def test_an_abandoned_stream_leaves_nothing_behind(llm: LLM) -> None:
     stream = llm.stream(PROMPTS[0], SamplingParams(max_tokens=1000, ignore_eos=True))
     next(stream)
     stream.close()
+    assert llm._core.state_of(llm._next_id - 1) is None
     assert [len(a.token_ids) for a in llm.generate(PROMPTS, SamplingParams(max_tokens=3), progress=False)] == [3, 3, 3]
 
 

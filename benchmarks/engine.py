@@ -67,7 +67,7 @@ def make_requests(workload: Workload, number: int, vocab_size: int, seed: int = 
     params = SamplingParams(max_tokens=workload.answer_tokens, temperature=0, seed=0, ignore_eos=True)
     prompts = generator.integers(1, vocab_size, (number, workload.prompt_tokens))
     return [
-        GenerationRequest(request_id=next(_next_id), prompt_token_ids=tuple(prompt.tolist()), params=params)
+        GenerationRequest.of(request_id=next(_next_id), prompt_token_ids=tuple(prompt.tolist()), params=params)
         for prompt in prompts
     ]
 
@@ -86,7 +86,7 @@ def run_requests(core: EngineCore, requests: list[GenerationRequest]) -> Run:
             in_core += time.perf_counter() - called
             if report is None:
                 continue
-            tokens += sum(len(delta.token_ids) for _, delta in report.deltas)
+            tokens += report.deltas.tokens
             rows = max(rows, report.rows)
             steps += 1
         seconds = time.perf_counter() - started

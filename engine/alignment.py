@@ -6,22 +6,25 @@ The first block of a sequence is never predicted, so a sequence has to start wit
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.config import PromptAlignment
 
 
 class AlignedPrompt(NamedTuple):
     """A prompt as the model gets it."""
 
-    tokens: tuple[int, ...]
-    """Whole blocks, at least one: padding first, then the prompt without its forced tail."""
+    blocks: NDArray[np.int32]
+    """[N, L], N at least 1: padding first, then the prompt without its forced tail."""
     forced: tuple[int, ...]
     """The prompt's last tokens, fewer than a block: the first block that is written begins with them."""
     padding: int
-    """Pad ids at the head of `tokens`."""
+    """Pad ids at the head of the first block."""
 
 
 def align_prompt(
-    token_ids: Sequence[int], block_length: int, alignment: PromptAlignment, pad_token_id: int
+    token_ids: Sequence[int] | NDArray[np.int32], block_length: int, alignment: PromptAlignment, pad_token_id: int
 ) -> AlignedPrompt:
     """Align a prompt to blocks of `block_length` tokens.
 
@@ -29,11 +32,14 @@ def align_prompt(
     leaves what does not fill a block to the token decoder; a prompt shorter than a block has no block to condition on
     then, and is padded instead. Raises ValueError for an empty prompt.
     """
-    if not token_ids:
+    tokens = np.asarray(token_ids, np.int32)
+    if not len(tokens):
         raise ValueError("a prompt of no tokens cannot be aligned")
-    tail = len(token_ids) % block_length
-    if alignment == "forced_tail" and len(token_ids) >= block_length:
-        cut = len(token_ids) - tail
-        return AlignedPrompt(tuple(token_ids[:cut]), tuple(token_ids[cut:]), 0)
-    padding = -len(token_ids) % block_length
-    return AlignedPrompt((pad_token_id,) * padding + tuple(token_ids), (), padding)
+    tail = len(tokens) % block_length
+    if alignment == "forced_tail" and len(tokens) >= block_length:
+        cut = len(tokens) - tail
+        return AlignedPrompt(tokens[:cut].reshape(-1, block_length), tuple(tokens[cut:].tolist()), 0)
+    padding = -len(tokens) % block_length
+    if padding:
+        tokens = np.concatenate((np.full(padding, pad_token_id, np.int32), tokens))
+    return AlignedPrompt(tokens.reshape(-1, block_length), (), padding)

@@ -74,8 +74,8 @@ class BatchTables:
             ids = self._suppressed_ids(sequence)
             suppressed[place, : len(ids)] = ids
         params = [sequence.request.params for sequence in sequences]
-        self.position[rows] = self._upload([len(s.tokens) // length - 1 for s in sequences], np.int32)
-        self.last_block[rows] = self._upload([s.tokens[-length:] for s in sequences], np.int32)
+        self.position[rows] = self._upload([s.prefill_end for s in sequences], np.int32)
+        self.last_block[rows] = self._upload(np.stack([s.blocks[s.prefill_end] for s in sequences]), np.int32)
         self.generated[rows] = self._upload([s.generated for s in sequences], np.int32)
         self.forced_tokens[rows] = self._upload(forced, np.int32)
         self.forced_length[rows] = self._upload([len(s.forced) for s in sequences], np.int32)

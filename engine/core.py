@@ -15,17 +15,19 @@ from engine.alignment import align_prompt
 from engine.batch_tables import BatchTables
 from engine.config import EngineConfig, ModelConfig
 from engine.decode_step import DecodeStep
+from engine.deltas import StepDeltas
 from engine.graphs import DecodeGraphs
 from engine.kv_cache import KVCache, KVLayout, free_memory, plan_pages
 from engine.model.block_transformer import BlockTransformer
 from engine.page_pool import PagePool
 from engine.rehearsal import activation_bytes
 from engine.runner import Runner, StepInFlight
-from engine.scheduler import Scheduler, StepPlan
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceState
 from engine.staging import Staging
-from engine.types import MAX_STOP_TOKEN_IDS, Delta, EngineInfo, EngineLoad, GenerationRequest, InvalidRequestError
-from engine.validation import validate_priority, validate_request
+from engine.step_plan import StepPlan
+from engine.types import MAX_STOP_TOKEN_IDS, EngineInfo, EngineLoad, GenerationRequest, InvalidRequestError
+from engine.validation import unpack_prompt, validate_priority, validate_request
 from engine.weights import expected_shapes, load_weights, random_weights
 from kernels.dispatch import Kernels, select_kernels
 
@@ -34,9 +36,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a committed step did: (sequence, delta) for every request it gave something to, and the call's cost."""
+    """What a committed step did, and the call's cost."""
 
-    deltas: list[tuple[Sequence, Delta]]
+    deltas: StepDeltas
     rows: int
     """Rows that decoded."""
     seconds: float
@@ -175,14 +177,11 @@ class EngineCore:
     def _sequence(self, key: Hashable, request: GenerationRequest, now: float) -> Sequence:
         model = self._model_config
         validate_priority(request.priority)
-        validate_request(
-            request.prompt_token_ids, request.params, vocab_size=model.vocab_size, max_length=model.max_length
-        )
+        token_ids = unpack_prompt(request.prompt)
+        validate_request(token_ids, request.params, vocab_size=model.vocab_size, max_length=model.max_length)
         if request.params.seed is None:
             raise InvalidRequestError("seed", "seed is missing: whoever submits a request to an engine draws one")
-        prompt = align_prompt(
-            request.prompt_token_ids, model.block_length, model.prompt_alignment, model.embedder.pad_token_id
-        )
+        prompt = align_prompt(token_ids, model.block_length, model.prompt_alignment, model.embedder.pad_token_id)
         return Sequence(key=key, request=request, prompt=prompt, arrival=now, block_length=model.block_length)
 
 

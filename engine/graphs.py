@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.batch_tables import BatchTables
 from engine.decode_step import DecodeStep
+from engine.row_table import Int32
 from engine.staging import Staging
 
 WARM_UP_RUNS = 2
@@ -54,8 +55,8 @@ class DecodeGraphs:
                 self._captured[bucket] = self._capture(bucket)
         return True
 
-    def run(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """As `DecodeStep.run`, for the rows of the list; what is returned is overwritten by the next run.
+    def run(self, rows: Int32) -> tuple[Tensor, Tensor]:
+        """As `DecodeStep.run`, for rows [R] on the host; what is returned is overwritten by the next run.
 
         Where a capture runs out of memory, no graph is kept and no row has changed.
         """
@@ -63,8 +64,9 @@ class DecodeGraphs:
         captured = self._captured.get(bucket)
         if captured is None:
             captured = self._captured[bucket] = self._capture(bucket)
-        padding = [self._tables.padding_row] * (bucket - len(rows))
-        captured.row_index.copy_(self._staging.upload(rows + padding, np.int32))
+        padded = np.full(bucket, self._tables.padding_row, np.int32)
+        padded[: len(rows)] = rows
+        captured.row_index.copy_(self._staging.upload(padded, np.int32))
         captured.graph.replay()
         return captured.tokens[: len(rows)], captured.finite[: len(rows)]
 

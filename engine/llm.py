@@ -148,7 +148,7 @@ class LLM:
             validate_request(token_ids, params, vocab_size=self.info.vocab_size, max_length=self.info.max_length)
         except InvalidRequestError as error:
             raise InvalidRequestError(error.param, f"prompt {index}: {error.message}") from None
-        request = GenerationRequest(request_id=self._next_id, prompt_token_ids=token_ids, params=params)
+        request = GenerationRequest.of(request_id=self._next_id, prompt_token_ids=token_ids, params=params)
         self._next_id += 1
         return _Open(index, prompt, request, TextStream(self.tokenizer, params))
 

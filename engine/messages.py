@@ -11,7 +11,7 @@ from typing import Generic, Literal, TypeVar
 
 import msgspec
 
-from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, RejectCode
+from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, RejectCode, unpack_tokens
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
@@ -66,10 +66,31 @@ class Rejected(_Message, frozen=True, kw_only=True):
 
 
 class Deltas(_Message, frozen=True, kw_only=True):
-    """All that one step did for one API process, and the load after it (also sent alone when only the load changed)."""
+    """All that one step did for one API process, and the load after it (also sent alone when only the load changed).
+
+    Most of a step is requests that gained a whole block and go on: those come packed, the others as `deltas`.
+    """
 
     deltas: list[Delta]
+    request_ids: list[int] = []
+    """Requests that gained a block."""
+    blocks: bytes = b""
+    """Their tokens, all of the same number, one request's behind the other's, packed by `engine.types.pack_tokens`."""
     load: EngineLoad
+
+    def unpacked(self) -> list[Delta]:
+        """Every delta. Raises ValueError where the blocks are not those of the requests."""
+        if not self.request_ids:
+            return self.deltas
+        token_ids, number = unpack_tokens(self.blocks), len(self.request_ids)
+        length, rest = divmod(len(token_ids), number)
+        if rest:
+            raise ValueError(f"{len(token_ids)} tokens are not whole blocks of {number} requests")
+        starts = range(0, len(token_ids), length)
+        return self.deltas + [
+            Delta(request_id=request_id, token_ids=token_ids[start : start + length])
+            for request_id, start in zip(self.request_ids, starts, strict=True)
+        ]
 
 
 # --- any child -> supervisor -------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch_tables import BatchTables
@@ -23,9 +23,10 @@ from engine.kv_cache import NULL_PAGE, KVCache
 from engine.model.block_decoder import PrefillBatch
 from engine.model.block_transformer import BlockTransformer
 from engine.out_of_memory import is_out_of_memory
-from engine.scheduler import PrefillChunk, StepPlan
+from engine.row_table import Flags, Int32
 from engine.sequence import Sequence
 from engine.staging import Staging
+from engine.step_plan import PrefillChunk, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +37,11 @@ T = TypeVar("T")
 class StepTokens:
     """What a step wrote: tokens [rows, L] and, per row, whether its logits were finite. On the host.
 
-    A row of a sequence that failed has no tokens, here or in the step before.
+    The tokens of a row whose sequence failed, here or in the step before, mean nothing.
     """
 
-    tokens: list[list[int]]
-    finite: list[bool]
+    tokens: Int32
+    finite: Flags
     failed: Collection[Sequence]
     """Sequences that the device had not the memory for; they cannot go on."""
 
@@ -48,18 +49,16 @@ class StepTokens:
 class StepInFlight:
     """A step that was launched. `wait` gives its tokens; until then the host is free."""
 
-    def __init__(self, decode: Seq[Sequence]) -> None:
-        """`decode`: whose rows the step was to decode."""
+    def __init__(self, plan: StepPlan, block_length: int) -> None:
+        """`plan`: what the step was to do."""
         self.failed: set[Sequence] = set()
         """Known at once, without waiting for the device."""
-        self._decode = decode
-        self._written: list[Sequence] = []
-        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._shape = (len(plan.decode), block_length)
+        self._parts: list[tuple[NDArray[np.intp], Tensor, Tensor]] = []
         self._arrived: torch.cuda.Event | None = None
 
-    def add(self, sequences: Seq[Sequence], tokens: Tensor, finite: Tensor) -> None:
-        """Take what the next of the rows wrote: tokens [rows, L] and finite [rows], on the device."""
-        self._written += sequences
+    def add(self, places: NDArray[np.intp], tokens: Tensor, finite: Tensor) -> None:
+        """Take what the rows at these places of the plan wrote: tokens [rows, L], finite [rows], on the device."""
         if tokens.device.type == "cuda":
             # Into memory of this step's own: a graph's outputs are overwritten by the next run.
             tokens_here = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
@@ -67,18 +66,16 @@ class StepInFlight:
             tokens, finite = tokens_here.copy_(tokens, non_blocking=True), finite_here.copy_(finite, non_blocking=True)
             self._arrived = self._arrived or torch.cuda.Event()
             self._arrived.record()
-        self._parts.append((tokens, finite))
+        self._parts.append((places, tokens, finite))
 
     def wait(self) -> StepTokens:
         """The tokens, once the device has written them."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        tokens = list(chain.from_iterable(part.tolist() for part, _ in self._parts))
-        finite = list(chain.from_iterable(part.tolist() for _, part in self._parts))
-        if len(self._written) < len(self._decode):
-            at = {sequence: place for place, sequence in enumerate(self._written)}
-            tokens = [tokens[at[sequence]] if sequence in at else [] for sequence in self._decode]
-            finite = [sequence not in at or finite[at[sequence]] for sequence in self._decode]
+        tokens, finite = np.zeros(self._shape, np.int32), np.ones(self._shape[0], bool)
+        for places, part, part_finite in self._parts:
+            tokens[places] = part.numpy()
+            finite[places] = part_finite.numpy()
         return StepTokens(tokens, finite, self.failed)
 
 
@@ -129,17 +126,18 @@ class Runner:
 
         `given_up`: sequences that failed in a step which is not committed yet; nothing is done for them.
         """
-        step = StepInFlight(plan.decode)
+        step = StepInFlight(plan, self._block_length)
         with self._staging.step():
             self._tables.bind(plan.bound)
             self._tables.set_pages(plan.page_entries)
-            chunks, decode = plan.prefill, plan.decode
+            chunks = plan.prefill
             if given_up:
                 chunks = [chunk for chunk in chunks if chunk.sequence not in given_up]
             self._prefill(chunks, step)
+            places = np.arange(len(plan.decode))
             if given_up or step.failed:
-                decode = [s for s in decode if s not in given_up and s not in step.failed]
-            self._decode_rows(decode, step)
+                places = places[[s not in given_up and s not in step.failed for s in plan.decode]]
+            self._decode_rows(plan, places, step)
         if step.failed:
             ids = sorted(sequence.request.request_id for sequence in step.failed)
             log.warning("the device ran out of memory; requests fail", extra={"step": plan.number, "requests": ids})
@@ -165,12 +163,12 @@ class Runner:
             if not self._attempt(partial(self._run_chunks, [chunk])):
                 step.failed.add(chunk.sequence)
 
-    def _decode_rows(self, sequences: Seq[Sequence], step: StepInFlight) -> None:
-        """Decode the rows at once, or in as small parts as memory demands."""
+    def _decode_rows(self, plan: StepPlan, places: NDArray[np.intp], step: StepInFlight) -> None:
+        """Decode the rows at these places of the plan at once, or in as small parts as memory demands."""
         start = 0
-        while start < len(sequences):
-            part = sequences[start : start + self._limit.rows]
-            written = self._attempt(partial(self._run_rows, [sequence.bound_row for sequence in part]))
+        while start < len(places):
+            part = places[start : start + self._limit.rows]
+            written = self._attempt(partial(self._run_rows, plan.rows[part]))
             if written is not None:
                 step.add(part, *written)
             else:
@@ -182,7 +180,7 @@ class Runner:
                         self._limit.rows,
                     )
                     continue
-                step.failed.update(part)
+                step.failed.add(plan.decode[part[0]])
             start += len(part)
         self._limit.step_done()
 
@@ -205,20 +203,20 @@ class Runner:
         )
         return upload(np.zeros((positions, self._block_length)), np.int32), batch
 
-    def _run_rows(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+    def _run_rows(self, rows: Int32) -> tuple[Tensor, Tensor]:
         if self._graphs is not None:
             return self._graphs.run(rows)
         return self._decode.run(self._staging.upload(rows, np.int32))
 
     def _run_chunks(self, chunks: Seq[PrefillChunk]) -> bool:
         """Always True, for `_attempt`."""
-        length, page_size = self._block_length, self._cache.layout.page_size
-        token_ids, positions, slots = [], [], []
+        page_size = self._cache.layout.page_size
+        blocks, positions, slots = [], [], []
         for chunk in chunks:
             end = chunk.start + chunk.length
             where = np.arange(chunk.start, end)
             pages = np.asarray(chunk.sequence.pages, np.int64)[where // page_size]
-            token_ids.append(np.asarray(chunk.sequence.tokens[chunk.start * length : end * length]))
+            blocks.append(chunk.sequence.blocks[chunk.start : end])
             positions.append(where)
             slots.append(pages * page_size + where % page_size)
         lengths = [chunk.length for chunk in chunks]
@@ -231,6 +229,5 @@ class Runner:
             chunk_offsets=upload(np.concatenate([[0], np.cumsum(lengths)]), np.int32),
             chunk_positions=upload([chunk.start for chunk in chunks], np.int32),
         )
-        tokens = upload(np.concatenate(token_ids), np.int32).view(-1, length)
-        self._model.prefill(tokens, batch, self._cache.keys, self._cache.values)
+        self._model.prefill(upload(np.concatenate(blocks), np.int32), batch, self._cache.keys, self._cache.values)
         return True

@@ -1,23 +1,26 @@
 """Who gets a row, pages and a part of the next step, and what a step's tokens mean for each request.
 
-`schedule` plans a step, `commit` takes its result; both are plain Python on integers. A step may be planned before the
-one ahead of it is committed: a decoding row gains exactly one position a step, so pages and length finishes are known
-without its tokens. Only EOS, stop tokens, errors and aborts lag; a sequence they end while a step that includes it is
-in flight keeps its row and pages until that step is committed, and gains nothing from it.
+`schedule` plans a step, `commit` takes its result; both are plain Python and numpy on integers. A step may be planned
+before the one ahead of it is committed: a decoding row gains exactly one position a step, so pages and length finishes
+are known without its tokens. Only EOS, stop tokens, errors and aborts lag; a sequence they end while a step that
+includes it is in flight keeps its row and pages until that step is committed, and gains nothing from it.
 """
 
 from collections import Counter, deque
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
-from itertools import chain
 from operator import attrgetter
-from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.admission import AdmissionRule, Occupancy, may_admit
+from engine.deltas import StepDeltas
 from engine.finish import cut_answer
 from engine.page_pool import PagePool
+from engine.row_table import Flags, Int32, RowTable
 from engine.sequence import Sequence, SequenceState
+from engine.step_plan import PrefillChunk, StepPlan
 from engine.types import Delta, InvalidRequestError, Timing
 from engine.waiting_queue import WaitingQueue
 
@@ -27,44 +30,6 @@ OUT_OF_MEMORY_ERROR = "the device ran out of memory for this request; try again 
 
 class QueueFullError(Exception):
     """As many requests wait as may wait. Trying again later can succeed."""
-
-
-class PrefillChunk(NamedTuple):
-    """Prompt blocks of one sequence to run through the block decoder, for their KV only."""
-
-    sequence: Sequence
-    start: int
-    """First position."""
-    length: int
-    """Positions, at least one."""
-
-
-@dataclass(frozen=True, eq=False)
-class StepPlan:
-    """What one step does. The runner prefills before it decodes, so a row may do both in one step."""
-
-    number: int = 0
-    """Steps are counted from 1."""
-    bound: list[Sequence] = field(default_factory=list)
-    """Sequences that get their row in this step: their state has to reach the device before it."""
-    page_entries: list[tuple[int, int, int]] = field(default_factory=list)
-    """New page table entries: row, index, page."""
-    prefill: list[PrefillChunk] = field(default_factory=list)
-    decode: list[Sequence] = field(default_factory=list)
-    """Sequences whose row gains a block."""
-    decode_positions: list[int] = field(default_factory=list)
-    """For each of `decode`, the position it decodes."""
-
-    @property
-    def positions(self) -> int:
-        """Positions the step works on."""
-        return len(self.decode) + sum(chunk.length for chunk in self.prefill)
-
-    @property
-    def request_ids(self) -> list[int]:
-        """Ids of the requests that the step works on, each once."""
-        sequences = chain((chunk.sequence for chunk in self.prefill), self.decode)
-        return sorted({sequence.request.request_id for sequence in sequences})
 
 
 class Scheduler:
@@ -97,14 +62,12 @@ class Scheduler:
         self._eos_token_id = eos_token_id
         self._admission = admission
         self._free_rows = list(range(max_rows - 1, -1, -1))
-        self._rows: list[Sequence | None] = [None] * max_rows
+        self._rows = RowTable(max_rows, block_length)
         self._worst_pages = 0
         self._waiting = WaitingQueue()
         self._open: dict[Hashable, Sequence] = {}
         # One at most: the next prompt is begun only with budget that the one before it has left.
         self._prefilling: Sequence | None = None
-        # A dict for its order and for removal without a search; the values mean nothing.
-        self._decoding: dict[Sequence, None] = {}
         self._steps: deque[StepPlan] = deque()
         self._planned = 0
         self._preemptions = 0
@@ -174,10 +137,12 @@ class Scheduler:
         plan = StepPlan(self._planned + 1)
         self._plan_decodes(plan)
         budget = self._max_step_positions - len(plan.decode)
+        first_decodes: list[int] = []
         if self._prefilling is not None:
-            budget -= self._plan_prompt(plan, self._prefilling, budget)
+            budget -= self._plan_prompt(plan, self._prefilling, budget, first_decodes)
         while budget and (admitted := self._admit(plan, now)) is not None:
-            budget -= self._plan_prompt(plan, admitted, budget)
+            budget -= self._plan_prompt(plan, admitted, budget, first_decodes)
+        self._decode(plan, np.array(first_decodes, np.int32))
         if not plan.decode and not plan.prefill:
             return None
         self._planned += 1
@@ -187,39 +152,47 @@ class Scheduler:
     def commit(
         self,
         plan: StepPlan,
-        tokens: Seq[Seq[int]],
-        finite: Seq[bool],
+        tokens: Seq[Seq[int]] | Int32,
+        finite: Seq[bool] | Flags,
         now: float,
         failed: Collection[Sequence] = (),
-    ) -> list[tuple[Sequence, Delta]]:
+    ) -> StepDeltas:
         """Take the result of the oldest step in flight: what it added to each sequence that was not finished.
 
-        `tokens` and `finite` go with `plan.decode`: a whole block, forced tokens included, and whether its logits were
-        finite. The device had no memory for what `failed` names, sequences of the plan: they end here, and their tokens
-        are not looked at. Raises ValueError for another plan or other lengths, before anything is changed.
+        `tokens` [rows, L] and `finite` [rows] go with `plan.decode`: a whole block, forced tokens included, and whether
+        its logits were finite. The device had no memory for what `failed` names, sequences of the plan: they end here,
+        and their tokens are not looked at. Raises ValueError for another plan or other lengths, before anything is
+        changed.
         """
         if not self._steps or self._steps[0] is not plan:
             raise ValueError("steps have to be committed once each, in the order they were scheduled")
         if not len(plan.decode) == len(tokens) == len(finite):
             raise ValueError(f"{len(plan.decode)} rows decoded, but {len(tokens)} blocks and {len(finite)} flags came")
         self._steps.popleft()
-        results = [
+        others = [
             (sequence, self._fail(sequence, OUT_OF_MEMORY_ERROR))
             for sequence in failed
             if sequence.state is not SequenceState.FINISHED
         ]
         for chunk in plan.prefill:
-            self._land(chunk.sequence)
-        for sequence, block, good in zip(plan.decode, tokens, finite, strict=True):
-            if sequence.state is not SequenceState.FINISHED:
-                results.append((sequence, self._commit_block(sequence, block, good, now)))
-            self._land(sequence)
-        return results
+            self._land(np.array([chunk.sequence.bound_row]))
+        blocks = np.asarray(tokens, np.int32).reshape(-1, self._block_length)
+        good = np.asarray(finite, bool)
+        whole = self._takes_whole(plan.rows, blocks, good)
+        for place in np.flatnonzero(~whole & self._rows.open[plan.rows]):
+            sequence = plan.decode[place]
+            others.append((sequence, self._commit_block(sequence, blocks[place], bool(good[place]), now)))
+        rows, blocks = plan.rows[whole], blocks[whole]
+        self._append(rows, blocks)
+        deltas = StepDeltas(self._rows.sequences[rows].tolist(), blocks, others)
+        self._land(plan.rows)
+        return deltas
 
     def check_integrity(self) -> None:
         """Raises AssertionError where rows, pages, states or the queue contradict one another. Costs O(everything)."""
-        running = [sequence for sequence in self._rows if sequence is not None]
-        for row, sequence in enumerate(self._rows):
+        sequences: list[Sequence | None] = self._rows.sequences.tolist()
+        running = [sequence for sequence in sequences if sequence is not None]
+        for row, sequence in enumerate(sequences):
             assert (sequence is None) == (row in self._free_rows), f"row {row} is both free and taken, or neither"
             assert sequence is None or sequence.row == row, f"{sequence} sits in row {row}"
         assert len(set(self._free_rows)) == len(self._free_rows), "a row is free twice"
@@ -242,8 +215,20 @@ class Scheduler:
         assert all(key == sequence.key for key, sequence in self._open.items()), "a sequence is open under another key"
         prefilling = [sequence for sequence in running if sequence.state is SequenceState.PREFILLING]
         assert prefilling == ([] if self._prefilling is None else [self._prefilling]), f"{prefilling} all prefill"
-        decoding = {s for s in running if s.state is SequenceState.DECODING and s.position < s.end_position}
-        assert set(self._decoding) == decoding, "decoding sequences are missing, or others are among them"
+        self._check_flags(running)
+
+    def _check_flags(self, running: list[Sequence]) -> None:
+        flags = (
+            (self._rows.open, [s for s in running if s.state is not SequenceState.FINISHED]),
+            (self._rows.leaving, [s for s in running if _has_left(s)]),
+            (
+                self._rows.decoding,
+                [s for s in running if s.state is SequenceState.DECODING and s.position < s.end_position],
+            ),
+        )
+        for number, (flagged, expected) in enumerate(flags):
+            rows = sorted(sequence.bound_row for sequence in expected)
+            assert np.flatnonzero(flagged).tolist() == rows, f"rows {rows} should be flagged (flag {number})"
 
     def _check_running(self, sequence: Sequence, in_flight: int) -> None:
         assert sequence.in_flight == in_flight, f"{sequence} is in flight {in_flight} times"
@@ -251,13 +236,13 @@ class Scheduler:
         assert len(sequence.pages) == pages, f"{sequence} holds {len(sequence.pages)} pages and not {pages}"
         assert sequence.page_positions == len(sequence.pages) * self._page_size, f"{sequence} miscounts its pages"
         assert 0 < sequence.position <= sequence.end_position, f"{sequence} is out of bounds"
-        if sequence.state in (SequenceState.FINISHED, SequenceState.PREEMPTED):
+        if _has_left(sequence):
             assert in_flight, f"{sequence} holds a row that no step in flight needs"
         else:
             prefilling = sequence.position < sequence.prefill_end
             assert (sequence.state is SequenceState.PREFILLING) == prefilling, f"{sequence} is in the wrong state"
         if sequence.state is not SequenceState.FINISHED:
-            missing = max(sequence.position, sequence.prefill_end) + 1 - len(sequence.tokens) // self._block_length
+            missing = max(sequence.position, sequence.prefill_end) + 1 - len(sequence.blocks)
             assert 0 <= missing <= in_flight, f"{sequence} lacks {missing} blocks, which no step in flight brings"
             assert sequence.generated < sequence.request.params.max_tokens, f"{sequence} should have finished"
 
@@ -277,8 +262,7 @@ class Scheduler:
             return None
         self._waiting.pop()
         self._worst_pages += worst_pages
-        sequence.row = self._free_rows.pop()
-        self._rows[sequence.row] = sequence
+        sequence.take_row(self._free_rows.pop(), self._rows)
         if sequence.first_scheduled is None:
             sequence.first_scheduled = now
         sequence.state = SequenceState.PREFILLING
@@ -289,17 +273,27 @@ class Scheduler:
         return sequence
 
     def _plan_decodes(self, plan: StepPlan) -> None:
-        growing = [sequence for sequence in self._decoding if sequence.position == sequence.page_positions]
-        sitting_out = self._make_room(growing) if len(growing) > self._pool.free else ()
-        at_end = []
-        for sequence in self._decoding:
-            if sequence in sitting_out:
-                continue
-            self._plan_decode(plan, sequence)
-            if sequence.position == sequence.end_position:
-                at_end.append(sequence)
-        for sequence in at_end:
-            del self._decoding[sequence]
+        table = self._rows
+        rows = np.flatnonzero(table.decoding).astype(np.int32)
+        growing = rows[table.position[rows] == table.page_positions[rows]]
+        if len(growing) > self._pool.free:
+            sitting_out = [sequence.bound_row for sequence in self._make_room(table.sequences[growing].tolist())]
+            rows = np.setdiff1d(np.flatnonzero(table.decoding), sitting_out).astype(np.int32)
+            growing = rows[table.position[rows] == table.page_positions[rows]]
+        for sequence in table.sequences[growing].tolist():
+            self._grow(plan, sequence, 1)
+        self._decode(plan, rows)
+
+    def _decode(self, plan: StepPlan, rows: Int32) -> None:
+        """Add rows to a plan, behind those that decode already. They have room for the position."""
+        table = self._rows
+        positions = table.position[rows]
+        plan.rows = np.concatenate((plan.rows, rows))
+        plan.decode_positions = np.concatenate((plan.decode_positions, positions))
+        plan.decode += table.sequences[rows].tolist()
+        table.position[rows] = positions + 1
+        table.in_flight[rows] += 1
+        table.decoding[rows] = positions + 1 < table.end_position[rows]
 
     def _make_room(self, growing: list[Sequence]) -> set[Sequence]:
         """Preempt for rows that need a page each and cannot all have one. Returns those that sit this step out.
@@ -308,7 +302,8 @@ class Scheduler:
         vain; who needs those waits for the commit.
         """
         growing.sort(key=_rank)
-        coming = sum(len(sequence.pages) for sequence in self._rows if sequence is not None and _is_leaving(sequence))
+        holding = [sequence for sequence in self._rows.sequences.tolist() if sequence is not None]
+        coming = sum(len(sequence.pages) for sequence in holding if _is_leaving(sequence))
         while (served := self._pool.free + coming) < len(growing):
             victim = max(self._candidates(), key=_rank)
             if victim is growing[served]:
@@ -320,35 +315,31 @@ class Scheduler:
             self._preempt(victim)
         return set(growing[self._pool.free :])
 
-    def _candidates(self) -> Iterable[Sequence]:
+    def _candidates(self) -> list[Sequence]:
         """Who can be preempted: all that hold a row and have positions left to schedule."""
-        return chain(self._decoding, () if self._prefilling is None else (self._prefilling,))
+        prefilling = [] if self._prefilling is None else [self._prefilling]
+        decoding: list[Sequence] = self._rows.sequences[self._rows.decoding].tolist()
+        return decoding + prefilling
 
-    def _plan_decode(self, plan: StepPlan, sequence: Sequence) -> None:
-        position = sequence.position
-        if position == sequence.page_positions:
-            self._grow(plan, sequence, 1)
-        plan.decode.append(sequence)
-        plan.decode_positions.append(position)
-        sequence.position = position + 1
-        sequence.in_flight += 1
+    def _plan_prompt(self, plan: StepPlan, sequence: Sequence, budget: int, first_decodes: list[int]) -> int:
+        """Plan as much of a prompt as `budget` positions allow. Returns positions used.
 
-    def _plan_prompt(self, plan: StepPlan, sequence: Sequence, budget: int) -> int:
-        """Plan as much of a prompt as `budget` positions allow, and the decode after it. Returns positions used."""
-        length = min(sequence.prefill_end - sequence.position, budget)
+        One of them is the decode behind the prompt, if there is budget for it: its row goes to `first_decodes`.
+        """
+        table, row, start = self._rows, sequence.bound_row, sequence.position
+        length = min(sequence.prefill_end - start, budget)
         if length:
-            plan.prefill.append(PrefillChunk(sequence, sequence.position, length))
-            sequence.position += length
-            sequence.in_flight += 1
-        if sequence.position < sequence.prefill_end:
+            plan.prefill.append(PrefillChunk(sequence, start, length))
+            table.position[row] += length
+            table.in_flight[row] += 1
+        if start + length < sequence.prefill_end:
             return length
         self._prefilling = None
         sequence.state = SequenceState.DECODING
+        table.decoding[row] = True
         if length < budget:
-            self._plan_decode(plan, sequence)
+            first_decodes.append(row)
             length += 1
-        if sequence.position < sequence.end_position:
-            self._decoding[sequence] = None
         return length
 
     def _grow(self, plan: StepPlan, sequence: Sequence, count: int) -> None:
@@ -356,38 +347,41 @@ class Scheduler:
         pages = self._pool.allocate(count)
         plan.page_entries.extend((row, held + place, page) for place, page in enumerate(pages))
         sequence.pages += pages
-        sequence.page_positions = len(sequence.pages) * self._page_size
+        self._rows.page_positions[row] = len(sequence.pages) * self._page_size
 
-    def _commit_block(self, sequence: Sequence, block: Seq[int], finite: bool, now: float) -> Delta:
-        request_id = sequence.request.request_id
+    def _takes_whole(self, rows: Int32, blocks: Int32, finite: Flags) -> Flags:
+        """Which of the rows take their block as it is and go on, having had tokens before: nearly all of them."""
+        table = self._rows
+        generated = table.generated[rows]
+        goes_on: Flags = finite & (generated > 0) & (generated + self._block_length < table.max_tokens[rows])
+        no_end: NDArray[np.bool_] = ~table.has_stops[rows] & (blocks != self._eos_token_id).all(axis=1)
+        return goes_on & no_end & table.open[rows]
+
+    def _append(self, rows: Int32, blocks: Int32) -> None:
+        table = self._rows
+        table.blocks[rows, table.known[rows]] = blocks
+        table.known[rows] += 1
+        table.generated[rows] += self._block_length
+
+    def _commit_block(self, sequence: Sequence, block: Int32, finite: bool, now: float) -> Delta:
         if not finite:
             return self._fail(sequence, NON_FINITE_ERROR)
-        first = not sequence.generated
-        generated = sequence.generated + self._block_length
-        # Thousands of rows a step, and hardly any begins or ends: those that do neither are not looked at closely.
-        if (
-            not first
-            and generated < sequence.request.params.max_tokens
-            and self._eos_token_id not in block
-            and sequence.stop_token_ids.isdisjoint(block)
-        ):
-            sequence.generated = generated
-            sequence.tokens += block
-            return Delta(request_id=request_id, token_ids=tuple(block))
-        new = block[len(sequence.forced) :]
+        row, generated = sequence.bound_row, sequence.generated
+        new = block.tolist()[len(sequence.forced) :]
         sequence.forced = ()
-        cut = cut_answer(new, sequence.generated, sequence.request.params, sequence.stop_token_ids, self._eos_token_id)
-        sequence.generated += len(cut.token_ids)
+        cut = cut_answer(new, generated, sequence.request.params, sequence.stop_token_ids, self._eos_token_id)
+        self._rows.generated[row] += len(cut.token_ids)
         if cut.finish_reason is None:
-            sequence.tokens += block
+            self._rows.blocks[row, self._rows.known[row]] = block
+            self._rows.known[row] += 1
         else:
             self._finish(sequence)
         return Delta(
-            request_id=request_id,
+            request_id=sequence.request.request_id,
             token_ids=cut.token_ids,
             finish_reason=cut.finish_reason,
             stop_reason=cut.stop_reason,
-            timing=self._timing(sequence, now) if first else None,
+            timing=None if generated else self._timing(sequence, now),
         )
 
     def _fail(self, sequence: Sequence, error: str) -> Delta:
@@ -411,44 +405,42 @@ class Scheduler:
     def _leave(self, sequence: Sequence, state: SequenceState) -> None:
         if self._prefilling is sequence:
             self._prefilling = None
-        self._decoding.pop(sequence, None)
         sequence.state = state
-        if not sequence.in_flight:
-            self._vacate(sequence)
-
-    def _land(self, sequence: Sequence) -> None:
-        sequence.in_flight -= 1
-        if not sequence.in_flight:
-            self._vacate(sequence)
-
-    def _vacate(self, sequence: Sequence) -> None:
-        """Take the row and pages of a sequence that has left and is in no step in flight. Others keep theirs."""
-        if sequence.state is SequenceState.FINISHED:
-            self._release(sequence)
-        elif sequence.state is SequenceState.PREEMPTED:
-            self._release(sequence)
-            sequence.state = SequenceState.WAITING
-            sequence.position = 0
-            sequence.prefill_end = len(sequence.tokens) // self._block_length - 1
-            self._waiting.push_back(sequence)
-            self._preemptions += 1
-
-    def _release(self, sequence: Sequence) -> None:
         if sequence.row is None:
             return
+        table, row = self._rows, sequence.row
+        table.decoding[row] = False
+        table.leaving[row] = True
+        table.open[row] = state is not SequenceState.FINISHED
+        if not sequence.in_flight:
+            self._vacate(sequence)
+
+    def _land(self, rows: Int32) -> None:
+        """One chunk or decode of each of the rows is committed: they lose those that have left and are in no other."""
+        table = self._rows
+        table.in_flight[rows] -= 1
+        for row in rows[table.leaving[rows] & (table.in_flight[rows] == 0)]:
+            self._vacate(table.sequences[row])
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """Take the row and pages of a sequence that has left and is in no step in flight."""
         self._pool.release(sequence.pages)
         self._worst_pages -= self._pages_for(sequence.end_position)
-        self._rows[sequence.row] = None
-        self._free_rows.append(sequence.row)
-        sequence.row = None
-        sequence.pages = []
-        sequence.page_positions = 0
+        self._free_rows.append(sequence.leave_row())
+        if sequence.state is SequenceState.PREEMPTED:
+            sequence.state = SequenceState.WAITING
+            sequence.prefill_end = len(sequence.blocks) - 1
+            self._waiting.push_back(sequence)
+            self._preemptions += 1
 
 
 _rank = attrgetter("rank")
 
 
+def _has_left(sequence: Sequence) -> bool:
+    return sequence.state in (SequenceState.FINISHED, SequenceState.PREEMPTED)
+
+
 def _is_leaving(sequence: Sequence) -> bool:
     """Whether a sequence that holds a row gives it back for certain at the commit of a step in flight."""
-    has_left = sequence.state in (SequenceState.FINISHED, SequenceState.PREEMPTED)
-    return has_left or sequence.position == sequence.end_position
+    return _has_left(sequence) or sequence.position == sequence.end_position

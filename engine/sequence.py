@@ -4,6 +4,7 @@ from collections.abc import Hashable
 from enum import Enum
 
 from engine.alignment import AlignedPrompt
+from engine.row_table import Int32, RowTable
 from engine.types import GenerationRequest
 
 
@@ -26,12 +27,12 @@ class Sequence:
 
     Positions count blocks: those before `prefill_end` hold known blocks and are prefilled; each one from there to
     `end_position` is decoded and writes the block that follows it. What a sequence wrote before it was preempted is
-    known as its prompt is.
+    known as its prompt is. While it holds a row, what changes from step to step is the row table's.
     """
 
     __slots__ = (
-        "arrival", "end_position", "first_scheduled", "forced", "generated", "in_flight", "key", "page_positions",
-        "pages", "position", "prefill_end", "rank", "request", "row", "state", "stop_token_ids", "tokens",
+        "_blocks", "_generated", "_table", "arrival", "end_position", "first_scheduled", "forced", "key", "pages",
+        "prefill_end", "rank", "request", "row", "state", "stop_token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -48,26 +49,17 @@ class Sequence:
         self.row: int | None = None
         self.pages: list[int] = []
         """In the order of the page table: page i holds positions i x page_size and on."""
-        self.page_positions = 0
-        """Positions that `pages` has room for."""
-
-        self.tokens = list(prompt.tokens)
-        """Whole blocks: the aligned prompt, then every committed block of a sequence that goes on."""
         self.forced = prompt.forced
         """How the next written block begins: nothing once the first one is committed."""
-        self.generated = 0
-        """Tokens committed as the answer. Forced tokens are not among them."""
         self.stop_token_ids = frozenset(params.stop_token_ids)
-
-        self.position = 0
-        """Positions scheduled so far, and so the next one to schedule."""
-        self.prefill_end = len(prompt.tokens) // block_length - 1
+        self.prefill_end = len(prompt.blocks) - 1
         written_blocks = -(-(len(prompt.forced) + params.max_tokens) // block_length)
         self.end_position = self.prefill_end + written_blocks
         """No step goes past here: max_tokens are reached by then."""
-        self.in_flight = 0
-        """Prompt chunks and decodes of it that are scheduled and not committed."""
         self.first_scheduled: float | None = None
+        self._blocks = prompt.blocks
+        self._generated = 0
+        self._table: RowTable | None = None
 
     @property
     def bound_row(self) -> int:
@@ -75,6 +67,53 @@ class Sequence:
         if self.row is None:
             raise ValueError(f"sequence {self.key!r} holds no row")
         return self.row
+
+    @property
+    def position(self) -> int:
+        """Positions scheduled so far, and so the next one to schedule."""
+        return 0 if self._table is None else int(self._table.position[self.bound_row])
+
+    @property
+    def page_positions(self) -> int:
+        """Positions that `pages` has room for."""
+        return 0 if self._table is None else int(self._table.page_positions[self.bound_row])
+
+    @property
+    def in_flight(self) -> int:
+        """Prompt chunks and decodes of it that are scheduled and not committed."""
+        return 0 if self._table is None else int(self._table.in_flight[self.bound_row])
+
+    @property
+    def generated(self) -> int:
+        """Tokens committed as the answer. Forced tokens are not among them."""
+        return self._generated if self._table is None else int(self._table.generated[self.bound_row])
+
+    @property
+    def blocks(self) -> Int32:
+        """Known blocks [N, L]: the aligned prompt, then every committed block of a sequence that goes on."""
+        return self._blocks if self._table is None else self._table.known_blocks(self.bound_row)
+
+    def take_row(self, row: int, table: RowTable) -> None:
+        """Hold the row from now on."""
+        table.place(
+            row,
+            self,
+            self._blocks,
+            end_position=self.end_position,
+            generated=self._generated,
+            max_tokens=self.request.params.max_tokens,
+            has_stops=bool(self.stop_token_ids),
+        )
+        self.row, self._table = row, table
+
+    def leave_row(self) -> int:
+        """Give the row back, and keep what is known by then. Returns the row."""
+        row, table = self.bound_row, self._table
+        assert table is not None
+        self._blocks, self._generated = self.blocks.copy(), self.generated
+        self.row, self._table, self.pages = None, None, []
+        table.clear(row)
+        return row
 
     def __repr__(self) -> str:
         return (

@@ -127,7 +127,7 @@ class _Connection:
                 self._settle(message.group_id, EngineRejectedError(message.code, message.message, message.param))
             case Deltas():
                 self.load = message.load
-                self._deliver(message.deltas)
+                self._deliver(message.unpacked())
 
     def _settle(self, group_id: int, error: Exception | None) -> None:
         accepted = self._waiting.pop(group_id, None)

@@ -4,7 +4,9 @@ This module imports nothing of ours. Every struct is a frozen msgspec struct, so
 object is an argument in one process and a message between two.
 """
 
-from typing import Literal
+from array import array
+from collections.abc import Iterable
+from typing import Literal, Self
 
 import msgspec
 
@@ -26,6 +28,18 @@ class InvalidRequestError(ValueError):
         super().__init__(message)
         self.param = param
         self.message = message
+
+
+def pack_tokens(token_ids: Iterable[int]) -> bytes:
+    """Token ids as 32-bit integers of this machine. Raises TypeError or OverflowError for what is not one."""
+    return array("i", token_ids).tobytes()
+
+
+def unpack_tokens(packed: bytes) -> tuple[int, ...]:
+    """What `pack_tokens` packed. Raises ValueError where the length is not one of whole tokens."""
+    token_ids = array("i")
+    token_ids.frombytes(packed)
+    return tuple(token_ids)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,10 +69,21 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     request_id: int
-    prompt_token_ids: tuple[int, ...]
+    prompt: bytes
+    """Token ids, packed by `pack_tokens`: an engine takes thousands of long prompts at a time."""
     params: SamplingParams
     priority: int = 0
     """Smaller runs first; equal priorities run in order of arrival."""
+
+    @classmethod
+    def of(cls, *, request_id: int, prompt_token_ids: Iterable[int], params: SamplingParams, priority: int = 0) -> Self:
+        """A request with the token ids of its prompt. Raises as `pack_tokens`."""
+        return cls(request_id=request_id, prompt=pack_tokens(prompt_token_ids), params=params, priority=priority)
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """The prompt, unpacked."""
+        return unpack_tokens(self.prompt)
 
 
 class Timing(msgspec.Struct, frozen=True):

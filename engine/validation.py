@@ -2,7 +2,12 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.types import MAX_STOP_TOKEN_IDS, SEED_RANGE, InvalidRequestError, SamplingParams
+
+Tokens = Sequence[int] | NDArray[np.int32]
 
 MAX_TOP_K = (1 << 31) - 1
 PRIORITY_LIMIT = 1 << 31
@@ -14,7 +19,14 @@ def validate_priority(priority: int) -> None:
     _check_integer("priority", priority, -PRIORITY_LIMIT, PRIORITY_LIMIT - 1)
 
 
-def validate_request(token_ids: Sequence[int], params: SamplingParams, *, vocab_size: int, max_length: int) -> None:
+def unpack_prompt(packed: bytes) -> NDArray[np.int32]:
+    """The token ids of a request's packed prompt. Raises InvalidRequestError where they are not whole numbers of it."""
+    if len(packed) % np.dtype(np.int32).itemsize:
+        raise InvalidRequestError("prompt", f"the prompt has {len(packed)} bytes, which are not whole token ids")
+    return np.frombuffer(packed, np.int32)
+
+
+def validate_request(token_ids: Tokens, params: SamplingParams, *, vocab_size: int, max_length: int) -> None:
     """Raise InvalidRequestError, naming the field, for a prompt and parameters that cannot be served together.
 
     `max_length` is in tokens, prompt and answer together.
@@ -30,10 +42,13 @@ def validate_request(token_ids: Sequence[int], params: SamplingParams, *, vocab_
     _check_lengths(len(token_ids), params, max_length)
 
 
-def _check_prompt(token_ids: Sequence[int], vocab_size: int) -> None:
-    if not token_ids:
+def _check_prompt(token_ids: Tokens, vocab_size: int) -> None:
+    if not len(token_ids):
         raise InvalidRequestError("prompt", "the prompt is empty; it has to hold at least one token")
-    _check_tokens("prompt", token_ids, vocab_size)
+    if not isinstance(token_ids, np.ndarray):
+        _check_tokens("prompt", token_ids, vocab_size)
+    elif token_ids.min() < 0 or token_ids.max() >= vocab_size:
+        _check_tokens("prompt", token_ids.tolist(), vocab_size)
 
 
 def _check_stops(params: SamplingParams, vocab_size: int) -> None:
@@ -77,7 +92,7 @@ def _check_lengths(prompt_tokens: int, params: SamplingParams, max_length: int) 
 
 def _check_tokens(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
     # Prompts are long: let the interpreter's own loops find out whether any id is at fault, then look for it.
-    if set(map(type, token_ids)) <= {int} and all(map(range(vocab_size).__contains__, token_ids)):
+    if set(map(type, token_ids)) <= {int} and (not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size)):
         return
     wrong = next(token for token in token_ids if not _is_integer(token) or not 0 <= token < vocab_size)
     raise InvalidRequestError(

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from engine.scheduler import StepPlan
+from engine.step_plan import StepPlan
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,14 @@ import os
 import sys
 import threading
 import time
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from engine.config import ConfigError, ModelConfig
 from engine.control import ControlChannel, become_child
+from engine.deltas import StepDeltas
 from engine.listener import Connected, Disconnected, MessageListener
 from engine.logs import configure_logging
 from engine.messages import (
@@ -34,6 +37,7 @@ from engine.meter import EngineMeter
 from engine.metrics import MetricsRecorder
 from engine.process_config import EngineProcessConfig, read_process_config
 from engine.scheduler import QueueFullError
+from engine.sequence import Sequence
 from engine.types import Delta, InvalidRequestError
 from engine.watchdog import StepWatchdog, step_fields
 
@@ -90,7 +94,7 @@ class EngineWorker:
                 self._deadline = time.monotonic() + control_message.deadline_s
         delivered = self._step()
         if not delivered and core.load_now != load_before:
-            self._publish({})
+            self._publish(None)
         self._meter.tick(core.load_now, core.preemptions, idle=not core.has_work)
 
     def _finished(self) -> bool:
@@ -145,22 +149,49 @@ class EngineWorker:
         if report is None:
             return False
         self.last_step = time.time()
-        by_peer: dict[int, list[Delta]] = {}
-        for sequence, delta in report.deltas:
-            # The keys are those that _submit made.
-            peer_id, request_id = cast(tuple[int, int], sequence.key)
-            by_peer.setdefault(peer_id, []).append(delta)
+        for sequence, delta in report.deltas.others:
+            peer_id, request_id = _peer_and_id(sequence)
             if delta.finish_reason is not None and peer_id in self._open:
                 self._open[peer_id].discard(request_id)
-        tokens = sum(len(delta.token_ids) for _, delta in report.deltas)
-        self._meter.count_step(rows=report.rows, tokens=tokens, seconds=report.seconds)
-        self._publish(by_peer)
-        return bool(by_peer)
+        self._meter.count_step(rows=report.rows, tokens=report.deltas.tokens, seconds=report.seconds)
+        self._publish(report.deltas)
+        return bool(report.deltas)
 
-    def _publish(self, by_peer: dict[int, list[Delta]]) -> None:
+    def _publish(self, deltas: StepDeltas | None) -> None:
         load = self._core.load_now
+        parts = {} if deltas is None else _by_peer(deltas)
         for peer_id in self._open:
-            self._listener.send(peer_id, Deltas(deltas=by_peer.get(peer_id, []), load=load))
+            part = parts.get(peer_id, _PeerDeltas())
+            blocks = b"" if deltas is None else deltas.blocks[part.places].tobytes()
+            self._listener.send(
+                peer_id, Deltas(deltas=part.deltas, request_ids=part.request_ids, blocks=blocks, load=load)
+            )
+
+
+@dataclass
+class _PeerDeltas:
+    """A peer's part of a step."""
+
+    deltas: list[Delta] = field(default_factory=list)
+    request_ids: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    """Which of the step's blocks go to `request_ids`."""
+
+
+def _by_peer(deltas: StepDeltas) -> dict[int, _PeerDeltas]:
+    parts: dict[int, _PeerDeltas] = defaultdict(_PeerDeltas)
+    for sequence, delta in deltas.others:
+        parts[_peer_and_id(sequence)[0]].deltas.append(delta)
+    for place, sequence in enumerate(deltas.sequences):
+        peer_id, request_id = _peer_and_id(sequence)
+        part = parts[peer_id]
+        part.request_ids.append(request_id)
+        part.places.append(place)
+    return parts
+
+
+def _peer_and_id(sequence: Sequence) -> tuple[int, int]:
+    return cast(tuple[int, int], sequence.key)  # the keys are those that _submit made
 
 
 def report_status(worker: EngineWorker, control: ControlChannel, stop: threading.Event) -> None:

@@ -97,7 +97,7 @@ def make_choices(
         tally = PromptTally(len(token_ids))
         for number in range(n):
             seed = secrets.randbelow(SEED_RANGE) if params.seed is None else (params.seed + number) % SEED_RANGE
-            request = GenerationRequest(
+            request = GenerationRequest.of(
                 request_id=next_request_id(),
                 prompt_token_ids=token_ids,
                 # Stop strings are looked for here, so they need not travel to the engine n times.

@@ -55,7 +55,7 @@ class Oracle:
         config = self._config
         length = config.block_length
         prompt = align_prompt(ask.prompt, length, config.prompt_alignment, config.embedder.pad_token_id)
-        tokens = [*prompt.tokens, *prompt.forced, *before]
+        tokens = [*prompt.blocks.ravel().tolist(), *prompt.forced, *before]
         whole = len(tokens) // length * length
         blocks = torch.tensor(tokens[:whole]).view(1, -1, length)
         begun = tokens[whole:]

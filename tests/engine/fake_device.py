@@ -9,10 +9,10 @@ from functools import cached_property
 
 from engine.alignment import align_prompt
 from engine.config import PromptAlignment
-from engine.scheduler import StepPlan
 from engine.sequence import Sequence
+from engine.step_plan import StepPlan
 from engine.types import Delta, FinishReason, GenerationRequest, SamplingParams
-from tests.engine.scheduling import BLOCK_LENGTH, EOS, PAD
+from tests.engine.scheduling import BLOCK_LENGTH, EOS, PAD, tokens_of
 
 STOP_TOKEN = 7
 
@@ -30,7 +30,7 @@ class Script:
     def sequence_prompt(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Aligned prompt tokens and forced tokens."""
         aligned = align_prompt(self.request.prompt_token_ids, BLOCK_LENGTH, self.alignment, PAD)
-        return aligned.tokens, aligned.forced
+        return tuple(aligned.blocks.ravel().tolist()), aligned.forced
 
     @cached_property
     def stream(self) -> list[int]:
@@ -66,7 +66,7 @@ def make_script(
         for _ in range(params.max_tokens + 3 * BLOCK_LENGTH)
     ]
     prompt_token_ids = tuple(rng.choice((EOS, STOP_TOKEN, 20, 30)) for _ in range(prompt))
-    request = GenerationRequest(request_id=key, prompt_token_ids=prompt_token_ids, params=params, priority=priority)
+    request = GenerationRequest.of(request_id=key, prompt_token_ids=prompt_token_ids, params=params, priority=priority)
     return Script(request, alignment, answer, rng.randrange(4) if not rng.randrange(10) else None)
 
 
@@ -96,7 +96,7 @@ class FakeDevice:
         """One step: the block of each decoding row, and whether its logits were finite."""
         for sequence in plan.bound:
             key = sequence.request.request_id
-            next_decode = len(sequence.tokens) // BLOCK_LENGTH - 1
+            next_decode = len(sequence.blocks) - 1
             row_state = Row(key, self._scripts[key], next_decode, sequence.generated, sequence.forced)
             self._rows[sequence.bound_row] = row_state
         for row, index, page in plan.page_entries:
@@ -106,7 +106,7 @@ class FakeDevice:
             row_state = self._row_of(chunk.sequence)
             assert chunk.start == row_state.positions and chunk.length > 0
             known = slice(chunk.start * BLOCK_LENGTH, (chunk.start + chunk.length) * BLOCK_LENGTH)
-            assert chunk.sequence.tokens[known] == row_state.script.stream[known], "other tokens than were written"
+            assert tokens_of(chunk.sequence)[known] == row_state.script.stream[known], "other tokens than were written"
             for position in range(chunk.start, chunk.start + chunk.length):
                 self._write(row_state, position)
         results = [

@@ -8,11 +8,12 @@ import pytest
 from engine.admission import AdmissionRule, Occupancy, may_admit
 from engine.config import PromptAlignment
 from engine.page_pool import PagePool
-from engine.scheduler import QueueFullError, Scheduler, StepPlan
+from engine.scheduler import QueueFullError, Scheduler
 from engine.sequence import Sequence, SequenceState
+from engine.step_plan import StepPlan
 from engine.types import SamplingParams
 from tests.engine.fake_device import Answer, FakeDevice, Script, make_script
-from tests.engine.scheduling import BLOCK_LENGTH, EOS, make_sequence
+from tests.engine.scheduling import BLOCK_LENGTH, EOS, make_sequence, tokens_of
 
 MAX_WAITING = 8
 ON_ROWS = (SequenceState.PREFILLING, SequenceState.DECODING)
@@ -280,7 +281,7 @@ class SchedulerLife:
                 free=self.pool.free,
                 running=len(on_rows),
                 running_worst=sum(-(-sequence.end_position // shape.page_size) for sequence in on_rows),
-                prompt=-(-len(head.tokens) // BLOCK_LENGTH // shape.page_size),
+                prompt=-(-len(head.blocks) // shape.page_size),
                 worst=-(-head.end_position // shape.page_size),
             )
             assert not self.admission(occupancy), "a sequence waits for nothing"
@@ -317,7 +318,7 @@ class SchedulerLife:
     def check_tokens(self, sequence: Sequence) -> None:
         script = self.scripts[sequence.request.request_id]
         prompt, forced = script.sequence_prompt
-        assert sequence.tokens == script.stream[: len(prompt) + len(forced) + sequence.generated]
+        assert tokens_of(sequence) == script.stream[: len(prompt) + len(forced) + sequence.generated]
 
     def check(self) -> None:
         self.scheduler.check_integrity()

@@ -6,8 +6,9 @@ from engine.admission import AdmissionRule, may_admit
 from engine.alignment import align_prompt
 from engine.config import PromptAlignment
 from engine.page_pool import PagePool
-from engine.scheduler import Scheduler, StepPlan
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.step_plan import StepPlan
 from engine.types import Delta, GenerationRequest, SamplingParams
 
 EOS = 0
@@ -27,7 +28,7 @@ def make_sequence(
 ) -> Sequence:
     """A sequence of a prompt, or of one of `prompt` tokens 101, 102, ..."""
     token_ids = tuple(range(101, 101 + prompt)) if isinstance(prompt, int) else tuple(prompt)
-    request = GenerationRequest(
+    request = GenerationRequest.of(
         request_id=key,
         prompt_token_ids=token_ids,
         params=params or SamplingParams(max_tokens=max_tokens, seed=0),
@@ -35,6 +36,12 @@ def make_sequence(
     )
     aligned = align_prompt(token_ids, BLOCK_LENGTH, alignment, PAD)
     return Sequence(key=key, request=request, prompt=aligned, arrival=arrival, block_length=BLOCK_LENGTH)
+
+
+def tokens_of(sequence: Sequence) -> list[int]:
+    """The tokens of its known blocks."""
+    tokens: list[int] = sequence.blocks.ravel().tolist()
+    return tokens
 
 
 def make_scheduler(
@@ -62,7 +69,10 @@ def make_scheduler(
 def commit_blocks(
     scheduler: Scheduler, plan: StepPlan, blocks: Seq[Seq[int]] | None = None, now: float = 0.0
 ) -> list[Delta]:
-    """Commit a step whose rows wrote `blocks` (default: tokens that end nothing), and check all invariants after it."""
+    """Commit a step whose rows wrote `blocks` (default: tokens that end nothing), and check all invariants after it.
+
+    What began or ended comes first.
+    """
     if blocks is None:
         blocks = [[*sequence.forced, 50, 50, 50, 50][:BLOCK_LENGTH] for sequence in plan.decode]
     results = scheduler.commit(plan, blocks, [True] * len(blocks), now)

@@ -6,7 +6,8 @@ import pytest
 
 from engine.admission import AdmissionRule, Occupancy, may_admit
 from engine.page_pool import PagePool
-from engine.scheduler import Scheduler, StepPlan
+from engine.scheduler import Scheduler
+from engine.step_plan import StepPlan
 from tests.engine.scheduling import BLOCK_LENGTH, EOS, make_sequence
 
 

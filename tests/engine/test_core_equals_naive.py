@@ -78,7 +78,7 @@ def random_arrivals(rng: random.Random, block_length: int, *, crowd: bool) -> li
         step = rng.randint(0, 6)
         abort_after = rng.choice([None, None, 0, 1, 2, 6]) if request_id else None
         params = random_params(rng, 12 * block_length, 22 * block_length) if crowd else random_params(rng, 1, 38)
-        request = GenerationRequest(
+        request = GenerationRequest.of(
             request_id=request_id,
             prompt_token_ids=tuple(rng.randrange(512) for _ in range(rng.randint(1, 20 if crowd else 88))),
             params=without_endings(params) if crowd else params,

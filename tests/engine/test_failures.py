@@ -19,7 +19,7 @@ from engine.decode_step import DecodeStep
 from engine.graphs import DecodeGraphs
 from engine.model.block_transformer import BlockTransformer
 from engine.scheduler import NON_FINITE_ERROR, OUT_OF_MEMORY_ERROR
-from engine.types import Delta, GenerationRequest, InvalidRequestError, SamplingParams
+from engine.types import Delta, GenerationRequest, InvalidRequestError, SamplingParams, pack_tokens
 from engine.weights import random_weights
 from kernels.dispatch import Kernels, select_kernels, torch_kernels
 from tests.engine.helpers import MAX_POSITIONS, GoldenModel, golden_tensors
@@ -53,7 +53,7 @@ class SmallDevice:
 def request(request_id: int, blocks: int = 3, max_tokens: int = 24, first_token: int = 20) -> GenerationRequest:
     """A prompt of `blocks` blocks, greedy or sampled by its id."""
     first = first_token + 31 * request_id
-    return GenerationRequest(
+    return GenerationRequest.of(
         request_id=request_id,
         prompt_token_ids=tuple(first + place for place in range(blocks * BLOCK_LENGTH)),
         params=SamplingParams(max_tokens=max_tokens, temperature=request_id % 2, seed=request_id, ignore_eos=True),
@@ -170,7 +170,7 @@ def test_a_request_that_makes_nan_fails_alone(overlapped: bool, place: int) -> N
         item = request(request_id, blocks=8, max_tokens=8)
         prompt = list(item.prompt_token_ids)
         prompt[place] = poison
-        bad.append(msgspec.structs.replace(item, prompt_token_ids=tuple(prompt)))
+        bad.append(msgspec.structs.replace(item, prompt=pack_tokens(prompt)))
     answered = run(core, [good[0], bad[0], good[1], bad[1], bad[2], *good[2:]])
     for item in bad:
         check_failed(answered[item.request_id], NON_FINITE_ERROR)
@@ -219,7 +219,7 @@ class RunsOutOnce(TorchDispatchMode):
 def test_a_step_can_be_run_again_wherever_it_ran_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GoldenModel("lookup_prefix2", "forced_tail")
     requests = [
-        GenerationRequest(
+        GenerationRequest.of(
             request_id=request_id,
             prompt_token_ids=tuple(range(5, 12 + request_id)),
             params=SamplingParams(max_tokens=3 * BLOCK_LENGTH, seed=request_id, ignore_eos=True),

@@ -22,7 +22,7 @@ def test_cuda_gives_the_oracles_tokens(cuda_graphs: bool, overlapped: bool) -> N
     model = GoldenModel("lookup_prefix2")
     core = model.core(device="cuda:0", max_rows=5, cuda_graphs=cuda_graphs, overlapped=overlapped)
     requests = [
-        GenerationRequest(
+        GenerationRequest.of(
             request_id=index,
             prompt_token_ids=tuple(range(7 + index, 30 + 3 * index)),
             params=SamplingParams(max_tokens=20 + index, temperature=float(index % 2), seed=index, ignore_eos=True),

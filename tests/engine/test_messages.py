@@ -15,7 +15,9 @@ INFO = EngineInfo(
     model="m", vocab_size=512, block_length=4, max_length=64, eos_token_id=0, device="cpu", dtype="float32",
     max_rows=4, pages=8, page_size=16, kv_bytes=1, parameters=2,
 )  # fmt: skip
-REQUEST = GenerationRequest(request_id=1, prompt_token_ids=(1, 2), params=SamplingParams(stop=("é",), seed=2**63 - 1))
+REQUEST = GenerationRequest.of(
+    request_id=1, prompt_token_ids=(1, 2), params=SamplingParams(stop=("é",), seed=2**63 - 1)
+)
 DELTA = Delta(
     request_id=1, token_ids=(5, 0), finish_reason="stop", stop_reason=7, timing=Timing(queue=0.5, prefill=1.0)
 )
@@ -120,7 +122,7 @@ def test_a_body_that_is_not_a_message_is_refused(body: bytes) -> None:
 
 def test_unknown_sampling_fields_are_refused_rather_than_ignored() -> None:
     params = msgspec.to_builtins(SamplingParams()) | {"penalty": 1.0}
-    request = {"request_id": 1, "prompt_token_ids": [1], "params": params}
+    request = {"request_id": 1, "prompt": b"", "params": params}
     body = msgspec.msgpack.encode({"type": "Submit", "group_id": 1, "requests": [request]})
     with pytest.raises(m.ProtocolError, match="penalty"):
         list(m.to_engine_reader().feed(struct.pack(">I", len(body)) + body))

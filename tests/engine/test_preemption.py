@@ -1,10 +1,11 @@
 """Preemption one rule at a time; lives in which everything happens at once are in test_scheduler_properties.py."""
 
-from engine.scheduler import OUT_OF_MEMORY_ERROR, PrefillChunk, Scheduler, StepPlan
+from engine.scheduler import OUT_OF_MEMORY_ERROR, Scheduler
 from engine.sequence import Sequence, SequenceState
+from engine.step_plan import PrefillChunk, StepPlan
 from engine.types import Delta, Timing
 from tests.engine.scheduler_life import reckless
-from tests.engine.scheduling import EOS, commit_blocks, make_scheduler, make_sequence, must_schedule
+from tests.engine.scheduling import EOS, commit_blocks, make_scheduler, make_sequence, must_schedule, tokens_of
 
 
 def crowded(*sequences: Sequence, pages: int, max_step_positions: int = 16) -> Scheduler:
@@ -51,7 +52,7 @@ def test_the_newest_is_sent_back_when_pages_run_out_and_computed_again() -> None
     assert (scheduler.preemptions, scheduler.waiting, third.position) == (1, 1, 0)
     commit_blocks(scheduler, plan)
     plan = wait_for(scheduler, third)
-    assert (third.generated, len(third.tokens)) == (8, 12)
+    assert (third.generated, len(tokens_of(third))) == (8, 12)
     assert PrefillChunk(third, 0, 2) in plan.prefill
     assert plan.decode_positions[plan.decode.index(third)] == 2
 
@@ -96,20 +97,20 @@ def test_pages_in_flight_come_back_at_the_commit() -> None:
     assert (second.state, len(second.pages)) == (SequenceState.PREEMPTED, 3)
     assert [delta.token_ids for delta in commit_blocks(scheduler, flying)] == [(50, 50, 50, 50)] * 2
     assert (second.state, second.row, second.pages) == (SequenceState.WAITING, None, [])
-    assert (second.generated, len(second.tokens), scheduler.preemptions) == (12, 16, 1)
+    assert (second.generated, len(tokens_of(second)), scheduler.preemptions) == (12, 16, 1)
     assert must_schedule(scheduler).decode == [first]
 
 
 def test_a_preempted_sequence_may_end_with_the_step_in_flight() -> None:
     scheduler, _, _, flying = two_in_need()
-    _, delta = commit_blocks(scheduler, flying, [[50] * 4, [50, EOS, 50, 50]])
+    delta, _ = commit_blocks(scheduler, flying, [[50] * 4, [50, EOS, 50, 50]])
     assert (delta.token_ids, delta.finish_reason) == ((50, EOS), "stop")
     assert (scheduler.running, scheduler.waiting, scheduler.preemptions) == (1, 0, 0)
 
 
 def test_a_preempted_sequence_may_fail_with_the_step_in_flight() -> None:
     scheduler, first, second, flying = two_in_need()
-    results = scheduler.commit(flying, [[50] * 4, []], [True, True], 0.0, failed=[second])
+    results = scheduler.commit(flying, [[50] * 4, [0] * 4], [True, True], 0.0, failed=[second])
     scheduler.check_integrity()
     assert [(sequence.key, delta.finish_reason, delta.error) for sequence, delta in results] == [
         (2, "error", OUT_OF_MEMORY_ERROR),
@@ -167,7 +168,7 @@ def test_tokens_are_not_forced_again_after_the_first_block() -> None:
     while not scheduler.preemptions:
         step(scheduler)
     plan = wait_for(scheduler, second)
-    assert second.forced == () and second.tokens[4:8] == [105, 106, 50, 50]
-    assert second.generated == len(second.tokens) - 6
+    assert second.forced == () and tokens_of(second)[4:8] == [105, 106, 50, 50]
+    assert second.generated == len(tokens_of(second)) - 6
     (delta,) = commit_blocks(scheduler, plan)
     assert delta.token_ids == (50, 50, 50, 50) and delta.timing is None

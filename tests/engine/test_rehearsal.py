@@ -15,7 +15,7 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_rehearsal_changes_no_row(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = GenerationRequest(
+    request = GenerationRequest.of(
         request_id=0,
         prompt_token_ids=tuple(range(3, 60)),
         params=SamplingParams(max_tokens=30, seed=1, ignore_eos=True),
@@ -59,7 +59,9 @@ def test_every_graph_is_captured_at_start(monkeypatch: pytest.MonkeyPatch) -> No
     core = MODEL.core(device="cuda:0", max_rows=12)
     assert captures == [12, 10, 8, 7, 6, 5, 4, 3, 2, 1]
     prompts = [
-        GenerationRequest(request_id=index, prompt_token_ids=(1, 2, 3, 4), params=SamplingParams(max_tokens=9, seed=0))
+        GenerationRequest.of(
+            request_id=index, prompt_token_ids=(1, 2, 3, 4), params=SamplingParams(max_tokens=9, seed=0)
+        )
         for index in range(11)
     ]
     run(core, prompts)

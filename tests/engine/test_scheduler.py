@@ -1,9 +1,10 @@
 import pytest
 
-from engine.scheduler import NON_FINITE_ERROR, PrefillChunk, QueueFullError
+from engine.scheduler import NON_FINITE_ERROR, QueueFullError
 from engine.sequence import SequenceState
+from engine.step_plan import PrefillChunk
 from engine.types import Delta, InvalidRequestError, SamplingParams, Timing
-from tests.engine.scheduling import EOS, commit_blocks, make_scheduler, make_sequence, must_schedule
+from tests.engine.scheduling import EOS, commit_blocks, make_scheduler, make_sequence, must_schedule, tokens_of
 
 
 def test_a_short_prompt_decodes_in_its_first_step() -> None:
@@ -12,7 +13,7 @@ def test_a_short_prompt_decodes_in_its_first_step() -> None:
     scheduler.add([sequence])
     plan = must_schedule(scheduler)
     assert plan.bound == plan.decode == [sequence] and plan.prefill == []
-    assert plan.decode_positions == [0] and plan.page_entries == [(0, 0, 1)]
+    assert plan.decode_positions.tolist() == [0] and plan.page_entries == [(0, 0, 1)]
     assert commit_blocks(scheduler, plan)[0].token_ids == (50, 50, 50, 50)
 
 
@@ -22,7 +23,7 @@ def test_a_prompt_is_prefilled_and_decoded_in_one_step_where_the_budget_allows()
     scheduler.add([sequence])
     plan = must_schedule(scheduler)
     assert plan.prefill == [PrefillChunk(sequence, 0, 4)]
-    assert plan.decode == [sequence] and plan.decode_positions == [4]
+    assert plan.decode == [sequence] and plan.decode_positions.tolist() == [4]
     assert plan.page_entries == [(0, 0, 1), (0, 1, 2), (0, 2, 3)]
     assert plan.positions == 5
 
@@ -35,7 +36,7 @@ def test_the_first_decode_waits_for_the_next_step_where_the_budget_is_spent() ->
     assert plan.prefill == [PrefillChunk(sequence, 0, 5)] and plan.decode == []
     assert commit_blocks(scheduler, plan) == []
     plan = must_schedule(scheduler)
-    assert (plan.prefill, plan.decode, plan.decode_positions, plan.bound) == ([], [sequence], [5], [])
+    assert (plan.prefill, plan.decode, plan.decode_positions.tolist(), plan.bound) == ([], [sequence], [5], [])
 
 
 def test_decoding_rows_come_first_then_started_prompts_then_new_ones() -> None:
@@ -48,7 +49,7 @@ def test_decoding_rows_come_first_then_started_prompts_then_new_ones() -> None:
     plan = must_schedule(scheduler)
     # Position 9 of the second prompt is its first decode, which the budget of 6 has room for only now.
     assert plan.prefill == [PrefillChunk(second, 5, 4)]
-    assert plan.decode == [first, second] and plan.decode_positions == [1, 9]
+    assert plan.decode == [first, second] and plan.decode_positions.tolist() == [1, 9]
     commit_blocks(scheduler, plan)
     plan = must_schedule(scheduler)
     assert plan.decode == [second, third] and plan.bound == [third]
@@ -155,7 +156,7 @@ def test_a_forced_tail_is_neither_streamed_nor_counted_nor_a_stop() -> None:
     scheduler.add([sequence])
     first = must_schedule(scheduler)
     assert [delta.token_ids for delta in commit_blocks(scheduler, first, [[105, EOS, 1, 2]])] == [(1, 2)]
-    assert sequence.tokens == [101, 102, 103, 104, 105, EOS, 1, 2]
+    assert tokens_of(sequence) == [101, 102, 103, 104, 105, EOS, 1, 2]
     (delta,) = commit_blocks(scheduler, must_schedule(scheduler), [[3, 4, 5, 6]])
     assert (delta.token_ids, delta.finish_reason, delta.timing) == ((3, 4, 5, 6), "length", None)
     assert not scheduler.has_work
@@ -211,7 +212,7 @@ def test_a_sequence_that_is_aborted_in_flight_gains_nothing() -> None:
     plan = must_schedule(scheduler)
     scheduler.abort(1)
     assert commit_blocks(scheduler, plan) == []
-    assert sequence.generated == 0 and sequence.tokens == [101, 102, 103, 104]
+    assert sequence.generated == 0 and tokens_of(sequence) == [101, 102, 103, 104]
 
 
 def test_steps_are_committed_once_and_in_order() -> None:

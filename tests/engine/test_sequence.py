@@ -3,7 +3,7 @@ import pytest
 from engine.config import PromptAlignment
 from engine.sequence import SequenceState
 from engine.types import SamplingParams
-from tests.engine.scheduling import PAD, make_sequence
+from tests.engine.scheduling import PAD, make_sequence, tokens_of
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_a_new_sequence_waits_and_holds_nothing() -> None:
     sequence = make_sequence(7, 6, params=SamplingParams(stop_token_ids=(3, 5)))
     assert sequence.state is SequenceState.WAITING
     assert (sequence.row, sequence.pages, sequence.position, sequence.generated) == (None, [], 0, 0)
-    assert sequence.tokens == [PAD, PAD, 101, 102, 103, 104, 105, 106]
+    assert tokens_of(sequence) == [PAD, PAD, 101, 102, 103, 104, 105, 106]
     assert sequence.stop_token_ids == {3, 5}
 
 

@@ -85,7 +85,9 @@ async def until_up(client: SocketEngineClient) -> None:
 def requests(client: SocketEngineClient, count: int = 1) -> list[GenerationRequest]:
     """Requests with fresh ids."""
     return [
-        GenerationRequest(request_id=client.next_request_id(), prompt_token_ids=(1, 2), params=SamplingParams(seed=0))
+        GenerationRequest.of(
+            request_id=client.next_request_id(), prompt_token_ids=(1, 2), params=SamplingParams(seed=0)
+        )
         for _ in range(count)
     ]
 

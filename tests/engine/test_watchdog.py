@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from engine.messages import EngineStatus, Submit
-from engine.scheduler import StepPlan
+from engine.step_plan import StepPlan
 from engine.types import GenerationRequest, SamplingParams
 from engine.watchdog import StepWatchdog
 from engine.worker import report_status
@@ -111,7 +111,7 @@ def test_a_worker_says_which_step_hangs_while_it_does(
 ) -> None:
     model = GoldenModel("lookup_prefix2")
     requests = [
-        GenerationRequest(
+        GenerationRequest.of(
             request_id=request_id,
             prompt_token_ids=tuple(range(10, 30)),
             params=SamplingParams(max_tokens=12, temperature=0, seed=0, ignore_eos=True),

@@ -23,7 +23,7 @@ MODEL = GoldenModel("lookup_prefix2")
 
 def long_request(request_id: int, blocks: int = 26) -> GenerationRequest:
     """A short prompt and a long answer."""
-    return GenerationRequest(
+    return GenerationRequest.of(
         request_id=request_id,
         prompt_token_ids=tuple(range(10 + request_id, 20 + request_id)),
         params=SamplingParams(max_tokens=blocks * MODEL.config.block_length, temperature=0, seed=0, ignore_eos=True),
@@ -72,7 +72,7 @@ def test_a_step_that_fails_is_logged_and_ends_the_loop(
         with caplog.at_level(logging.ERROR, logger="engine"), pytest.raises(StepFailedError):
             bench.worker.run()
         (record,) = caplog.records
-        steps = sum(bool(message.deltas) for message in peer.of_kind(Deltas))
+        steps = sum(bool(message.unpacked()) for message in peer.of_kind(Deltas))
         assert vars(record)["requests"] == [5, 8]
         assert vars(record)["step"] == steps + (2 if overlapped else 1)
         assert record.exc_info is not None and "illegal memory access" in str(record.exc_info[1])

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import Accepted, EngineHello, ProtocolError, Rejected, Shutdown, Submit, to_engine_reader
-from engine.types import EngineLoad, GenerationRequest, SamplingParams
+from engine.types import EngineLoad, GenerationRequest, SamplingParams, pack_tokens
 from tests.engine.helpers import GoldenModel
 from tests.engine.worker_bench import Peer, WorkerBench, worker_bench
 
 MODEL = GoldenModel("lookup_prefix2")
-GOOD = GenerationRequest(
+GOOD = GenerationRequest.of(
     request_id=1,
     prompt_token_ids=tuple(range(30, 50)),
     params=SamplingParams(max_tokens=40, temperature=0, seed=0, ignore_eos=True),
@@ -64,7 +64,7 @@ def fields(draw: st.DrawFn, sound: dict[str, st.SearchStrategy[Any]]) -> dict[st
 REQUEST = fields(
     {
         "request_id": st.integers(0, 20),
-        "prompt_token_ids": st.lists(st.integers(0, 511), min_size=1, max_size=40),
+        "prompt": st.lists(st.integers(0, 511), min_size=1, max_size=40).map(pack_tokens) | st.binary(max_size=9),
         "params": fields(PARAMS),
         "priority": st.integers(-2, 2),
     }

@@ -65,7 +65,7 @@ class Peer:
 
     def deltas(self, request_id: int) -> list[Delta]:
         """What came for one request, in order."""
-        return [d for message in self.of_kind(Deltas) for d in message.deltas if d.request_id == request_id]
+        return [d for message in self.of_kind(Deltas) for d in message.unpacked() if d.request_id == request_id]
 
     def tokens(self, request_id: int) -> list[int]:
         """All tokens that came for one request."""

@@ -18,7 +18,7 @@ def test_greedy_generations(variant: str, overlapped: bool, device: str) -> None
         for row in case.comparable_rows:
             answer = case.expected(row)
             params = SamplingParams(temperature=0, max_tokens=len(answer), ignore_eos=not case.stops_at_eos, seed=0)
-            request = GenerationRequest(
+            request = GenerationRequest.of(
                 request_id=len(requests), prompt_token_ids=tuple(case.row_prompt(row)), params=params
             )
             requests.append((request.request_id, request))

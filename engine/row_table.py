@@ -1,0 +1,94 @@
+"""What changes with every step of the sequences that hold rows: an array each, addressed by row.
+
+A batch has thousands of rows and hardly any of them begins or ends in a step, so a step's work on them is done for all
+at once; `engine.scheduler` looks only at the others one by one.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FIRST_BLOCKS = 64
+"""Blocks a row has room for at first; doubled whenever a sequence comes that may have more."""
+
+Int32 = NDArray[np.int32]
+Flags = NDArray[np.bool_]
+
+
+class RowTable:
+    """One entry a row. Entries of free rows mean nothing, but for the flags, which are False."""
+
+    def __init__(self, max_rows: int, block_length: int) -> None:
+        def zeros() -> Int32:
+            return np.zeros(max_rows, np.int32)
+
+        self.sequences: NDArray[Any] = np.full(max_rows, None, object)
+        """Who holds the row; None where it is free."""
+        self.position = zeros()
+        """Positions scheduled so far, and so the next one to schedule."""
+        self.end_position = zeros()
+        """No step goes past here."""
+        self.page_positions = zeros()
+        """Positions that the row's pages have room for."""
+        self.generated = zeros()
+        """Tokens committed as the answer."""
+        self.max_tokens = zeros()
+        self.in_flight = zeros()
+        """Prompt chunks and decodes that are scheduled and not committed."""
+        self.known = zeros()
+        """Blocks that are known: the prompt's, and those that were committed."""
+        self.blocks = np.zeros((max_rows, FIRST_BLOCKS, block_length), np.int32)
+        """Token ids of the known blocks [rows, blocks, L]; what lies behind them means nothing."""
+        self.decoding: Flags = np.zeros(max_rows, bool)
+        """Whose prompt is scheduled, and who has positions left to schedule."""
+        self.open: Flags = np.zeros(max_rows, bool)
+        """Who gets what its row writes: all that have not finished."""
+        self.leaving: Flags = np.zeros(max_rows, bool)
+        """Who gives back the row once no step in flight includes it."""
+        self.has_stops: Flags = np.zeros(max_rows, bool)
+        """Who may end at other tokens than end-of-text."""
+
+    def place(
+        self,
+        row: int,
+        sequence: object,
+        known: Int32,
+        *,
+        end_position: int,
+        generated: int,
+        max_tokens: int,
+        has_stops: bool,
+    ) -> None:
+        """Give the row to a sequence whose blocks [N, L] are known. It has neither pages nor positions yet."""
+        if end_position >= self.blocks.shape[1]:
+            self._make_room(end_position + 1)
+        self.sequences[row] = sequence
+        self.position[row] = self.page_positions[row] = self.in_flight[row] = 0
+        self.end_position[row] = end_position
+        self.generated[row] = generated
+        self.max_tokens[row] = max_tokens
+        self.known[row] = len(known)
+        self.blocks[row, : len(known)] = known
+        self.decoding[row] = self.leaving[row] = False
+        self.open[row] = True
+        self.has_stops[row] = has_stops
+
+    def clear(self, row: int) -> None:
+        """Nobody holds the row any more."""
+        self.sequences[row] = None
+        self.decoding[row] = self.open[row] = self.leaving[row] = False
+
+    def known_blocks(self, row: int) -> Int32:
+        """The row's known blocks [N, L]; a view that the next `place` may leave behind."""
+        known: Int32 = self.blocks[row, : self.known[row]]
+        return known
+
+    def _make_room(self, blocks: int) -> None:
+        rows, room, length = self.blocks.shape
+        while room < blocks:
+            room *= 2
+        # Untouched memory of zeros costs nothing: what no row ever reaches is not there.
+        larger = np.zeros((rows, room, length), np.int32)
+        larger[:, : self.blocks.shape[1]] = self.blocks
+        self.blocks = larger

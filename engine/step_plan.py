@@ -1,0 +1,54 @@
+"""What one step does: whose prompts it works on, who decodes, and what has to reach the device before it."""
+
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.row_table import Int32
+from engine.sequence import Sequence
+
+
+class PrefillChunk(NamedTuple):
+    """Prompt blocks of one sequence to run through the block decoder, for their KV only."""
+
+    sequence: Sequence
+    start: int
+    """First position."""
+    length: int
+    """Positions, at least one."""
+
+
+def _no_rows() -> Int32:
+    return np.empty(0, np.int32)
+
+
+@dataclass(eq=False)
+class StepPlan:
+    """What one step does. The runner prefills before it decodes, so a row may do both in one step."""
+
+    number: int = 0
+    """Steps are counted from 1."""
+    bound: list[Sequence] = field(default_factory=list)
+    """Sequences that get their row in this step: their state has to reach the device before it."""
+    page_entries: list[tuple[int, int, int]] = field(default_factory=list)
+    """New page table entries: row, index, page."""
+    prefill: list[PrefillChunk] = field(default_factory=list)
+    decode: list[Sequence] = field(default_factory=list)
+    """Sequences whose row gains a block."""
+    rows: Int32 = field(default_factory=_no_rows)
+    """The rows of `decode`."""
+    decode_positions: Int32 = field(default_factory=_no_rows)
+    """For each of `decode`, the position it decodes."""
+
+    @property
+    def positions(self) -> int:
+        """Positions the step works on."""
+        return len(self.decode) + sum(chunk.length for chunk in self.prefill)
+
+    @property
+    def request_ids(self) -> list[int]:
+        """Ids of the requests that the step works on, each once."""
+        sequences = chain((chunk.sequence for chunk in self.prefill), self.decode)
+        return sorted({sequence.request.request_id for sequence in sequences})

@@ -53,8 +53,12 @@ class EngineCore:
         model: BlockTransformer,
         kernels: Kernels,
         clock: Callable[[], float] = time.monotonic,
+        make_pool: Callable[[int], PagePool] = PagePool,
     ) -> None:
-        """Allocates the caches. Raises ConfigError if not one request of maximum length fits."""
+        """Allocates the caches. Raises ConfigError if not one request of maximum length fits.
+
+        `make_pool` gets the number of pages; a benchmark hands them out in another order.
+        """
         self._clock = clock
         self._config = config
         self._model_config = model.config
@@ -64,7 +68,7 @@ class EngineCore:
         activations = activation_bytes(build, layout, config)
         pages = plan_pages(layout, model.config, config, free_memory(device), activations)
         cache = KVCache.allocate(layout, pages, device)
-        self._pool = PagePool(cache.pages)
+        self._pool = make_pool(cache.pages)
         self._scheduler = Scheduler(
             pool=self._pool,
             max_rows=config.max_rows,
@@ -105,6 +109,8 @@ class EngineCore:
             tensors = random_weights(model_config, dtype, device, random_seed)
         kernels = select_kernels(device)
         model = BlockTransformer(model_config, tensors, kernels)
+        # Most of them are held a second time, transposed: the memory is the KV cache's.
+        del tensors
         return cls(name=name, config=config, model=model, kernels=kernels)
 
     @property

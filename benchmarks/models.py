@@ -92,3 +92,6 @@ MODELS = {
     )
 }
 """Named by the parameters of their layers, the embedding tables not counted."""
+
+PAIRS = {"block-1.2B": "vanilla-302M", "block-302M": "vanilla-85M", "block-85M": "vanilla-19M"}
+"""The vanilla transformer whose language-model loss each Block Transformer matches or beats."""

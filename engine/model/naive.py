@@ -38,11 +38,18 @@ class NaiveAnswer(NamedTuple):
 
 
 class NaiveBlockTransformer:
-    """The model over a checkpoint's tensors, which keep their names and shapes."""
+    """The model over a checkpoint's tensors, which keep their names and shapes. Computes on `device`."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.config = config
-        self._tensors = {name: tensor.to("cpu", dtype) for name, tensor in tensors.items()}
+        self.device = torch.device(device)
+        self._tensors = {name: tensor.to(self.device, dtype) for name, tensor in tensors.items()}
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> NaiveForward:
         """Predict every block of ids [B, N, L] but the first from those before it and from its own tokens.
@@ -92,7 +99,7 @@ class NaiveBlockTransformer:
             start = torch.full_like(tokens[:, :1].long(), self.config.eos_token_id)
             inputs = expanded + table[torch.cat((start, before), dim=1)]
             first = 0
-        always = torch.ones(len(seen), inputs.shape[1] - seen.shape[1], dtype=torch.bool)
+        always = seen.new_ones(len(seen), inputs.shape[1] - seen.shape[1])
         keys_seen = torch.cat((always, seen), dim=1)
         hidden = self._decoder("token_decoder.gpt_neox", self.config.token_decoder, inputs, keys_seen)
         return hidden[:, first:] @ self._tensors["token_decoder.embed_out.weight"].T
@@ -106,12 +113,12 @@ class NaiveBlockTransformer:
         tokens: list[int] = []
         margins: list[float] = []
         while True:
-            context = self.contexts(self.embed(torch.tensor([blocks])))[:, -1]
+            context = self.contexts(self.embed(self._int64([blocks])))[:, -1]
             block = list(forced)
             while len(block) < self.config.block_length:
                 filled = block + [0] * (self.config.block_length - len(block))
-                logits = self.block_logits(context, torch.tensor([filled]))[:, len(block)]
-                row, place = torch.zeros(1, dtype=torch.int32), torch.tensor([len(tokens)], dtype=torch.int32)
+                logits = self.block_logits(context, self._int64([filled]))[:, len(block)]
+                row, place = self._int64([0]).int(), self._int64([len(tokens)]).int()
                 scores = perturbed_scores(logits, row, place, tables)[0]
                 best, second = scores.topk(2).values.tolist()
                 tokens.append(int(scores.argmax()))
@@ -150,7 +157,7 @@ class NaiveBlockTransformer:
     def _decoder(self, name: str, config: DecoderConfig, x: Tensor, keys_seen: Tensor | None) -> Tensor:
         """GPT-NeoX layers and final norm over x [B, T, H], causal; keys_seen [B, T] bool takes keys away."""
         length = x.shape[1]
-        visible = torch.ones(length, length, dtype=torch.bool).tril()[None]
+        visible = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()[None]
         if keys_seen is not None:
             visible = visible & keys_seen[:, None]
         for index in range(config.num_layers):
@@ -205,14 +212,20 @@ class NaiveBlockTransformer:
             raise ValueError("a sampled answer can only be repeated with a seed")
         suppressed = [*params.stop_token_ids, *([] if params.ignore_eos else [self.config.eos_token_id])]
         return SamplingTables(
-            temperature=torch.tensor([params.temperature], dtype=torch.float32),
-            top_k=torch.tensor([params.top_k], dtype=torch.int32),
-            top_p=torch.tensor([params.top_p], dtype=torch.float32),
-            min_p=torch.tensor([params.min_p], dtype=torch.float32),
-            seed=torch.tensor([params.seed or 0], dtype=torch.int64),
-            suppress_until=torch.tensor([params.min_tokens], dtype=torch.int32),
-            suppressed_ids=torch.tensor([suppressed], dtype=torch.int32).view(1, -1),
+            temperature=self._float32([params.temperature]),
+            top_k=self._int64([params.top_k]).int(),
+            top_p=self._float32([params.top_p]),
+            min_p=self._float32([params.min_p]),
+            seed=self._int64([params.seed or 0]),
+            suppress_until=self._int64([params.min_tokens]).int(),
+            suppressed_ids=self._int64([suppressed]).int().view(1, -1),
         )
+
+    def _int64(self, values: object) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def _float32(self, values: object) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
 
     def _cut_at_eos(self, tokens: list[int]) -> list[int]:
         eos = self.config.eos_token_id
@@ -222,8 +235,9 @@ class NaiveBlockTransformer:
 def rotate(x: Tensor, config: DecoderConfig) -> Tensor:
     """Rotate x [B, T, heads, D] at positions 0..T-1: the first `rotary_dims` dimensions, paired in two halves."""
     half = config.rotary_dims // 2
-    frequencies = config.rotary_base ** (-torch.arange(half, dtype=torch.float64) / half)
-    angles = (torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequencies)[:, None]  # [T, 1, half]
+    frequencies = config.rotary_base ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
+    positions = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
+    angles = (positions[:, None] * frequencies)[:, None]  # [T, 1, half]
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

@@ -6,6 +6,7 @@ Everything that can be wrong with a model directory is found by reading headers,
 import json
 import logging
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from engine.config import ConfigError, DecoderConfig, ModelConfig
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 STORED_DTYPES = ("F32", "BF16", "F16")
+READERS = 8
+"""Tensors that are read at once."""
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")
 STRAYS = re.compile(
     r"block_decoder\.gpt_neox\.embed_in\.weight"
@@ -62,11 +65,21 @@ def load_weights(directory: Path, config: ModelConfig, dtype: torch.dtype, devic
     with ExitStack() as stack:
         files = [(path, stack.enter_context(_open(path))) for path in _find_files(directory)]
         where = _check_headers(files, expected, directory)
-        tensors = {}
-        for name in expected:
-            path, handle = files[where[name]]
-            tensors[name] = _convert(handle.get_tensor(name), dtype, device, name, path)
-    return tensors
+
+        def read(name: str) -> tuple[Tensor, Tensor]:
+            _, handle = files[where[name]]
+            return _convert(handle.get_tensor(name), dtype, device)
+
+        # A read waits for the disk, or copies: other threads go on meanwhile.
+        with ThreadPoolExecutor(READERS) as readers:
+            converted = dict(zip(expected, readers.map(read, expected), strict=True))
+        # One wait for the device, and not one a tensor.
+        finite = torch.stack([flag for _, flag in converted.values()]).tolist()
+        for name, good in zip(converted, finite, strict=True):
+            if not good:
+                path, handle = files[where[name]]
+                raise _not_finite(handle.get_tensor(name), dtype, name, path)
+    return {name: tensor for name, (tensor, _) in converted.items()}
 
 
 def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Tensor]:
@@ -176,16 +189,19 @@ def _check_headers(
     return where
 
 
-def _convert(stored: Tensor, dtype: torch.dtype, device: torch.device, name: str, path: Path) -> Tensor:
-    """A copy that does not depend on the file any more."""
+def _convert(stored: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A copy that does not depend on the file any more, and whether all of it is finite ([], not waited for)."""
     tensor = stored.to(device=device, dtype=dtype, copy=True)
-    if not bool(tensor.isfinite().all()):
-        if bool(stored.isfinite().all()):
-            raise WeightsError(
-                f"{path}: {name} does not fit in {str(dtype).removeprefix('torch.')}; serve with another dtype"
-            )
-        raise WeightsError(f"{path}: {name} holds NaN or infinity")
-    return tensor
+    return tensor, tensor.isfinite().all()
+
+
+def _not_finite(stored: Tensor, dtype: torch.dtype, name: str, path: Path) -> WeightsError:
+    """What is wrong with a tensor that is not finite as `dtype`."""
+    if bool(stored.isfinite().all()):
+        return WeightsError(
+            f"{path}: {name} does not fit in {str(dtype).removeprefix('torch.')}; serve with another dtype"
+        )
+    return WeightsError(f"{path}: {name} holds NaN or infinity")
 
 
 def _some(names: list[str], most: int = 8) -> str:

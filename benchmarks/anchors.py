@@ -15,6 +15,18 @@ VLLM: Mapping[str, Mapping[str, int]] = {
 """Tokens a second of vLLM 0.20.2 with the vanilla models on one H200 in bfloat16: FlashAttention 3, CUDA graphs,
 asynchronous scheduling, 1024 requests (vanilla-19M 2048), of X 300 / 400 / 800."""
 
+VLLM_SINGLE: Mapping[str, tuple[int, float]] = {
+    "vanilla-302M": (684, 10.8),
+    "vanilla-85M": (872, 5.2),
+    "vanilla-19M": (682, 4.2),
+}
+"""Of the same, one request alone: tokens a second of 128 in and 512 out; milliseconds to the first token of 2048 in."""
+
+
+def vllm_single(model: str) -> tuple[int, float] | tuple[None, None]:
+    """VLLM_SINGLE of a vanilla model, or of the one that a block model is paired with."""
+    return VLLM_SINGLE.get(PAIRS.get(model, model), (None, None))
+
 
 def vllm_row(model: str, workload: str) -> int | None:
     """vLLM's tokens a second with a vanilla model, or with the one that a block model is paired with."""

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.anchors import vllm_single
 from benchmarks.floor import step_floor
 from benchmarks.harness import (
     add_engine_arguments,
@@ -76,6 +77,7 @@ def measure_model(model: BenchmarkModel, arguments: argparse.Namespace) -> list[
         single = repeated(core, SINGLE, vocabulary, SINGLE_REPEATS)
         first = repeated(core, FIRST, vocabulary, FIRST_REPEATS)
         common = {"bench": "latency", **describe(core, config), "requests": 1, "rows": 1}
+    vllm_tok_s, vllm_ttft_ms = vllm_single(model.name)
     seconds = statistics.median(total for _, total in single)
     times = [1e3 * seconds for seconds, _ in first]
     return [
@@ -84,6 +86,7 @@ def measure_model(model: BenchmarkModel, arguments: argparse.Namespace) -> list[
             "workload": f"{SINGLE.prompt_tokens} in {SINGLE.answer_tokens} out",
             "tok_s": SINGLE.answer_tokens / seconds,
             "floor_tok_s": floor,
+            "vllm_tok_s": vllm_tok_s,
             "ttft_ms": 1e3 * statistics.median(first for first, _ in single),
             "seconds": seconds,
             **provenance(),
@@ -93,6 +96,7 @@ def measure_model(model: BenchmarkModel, arguments: argparse.Namespace) -> list[
             "workload": f"{FIRST.prompt_tokens} in",
             "ttft_ms": statistics.median(times),
             "ttft_ms_worst": max(times),
+            "vllm_ttft_ms": vllm_ttft_ms,
             **provenance(),
         },
     ]
@@ -101,7 +105,7 @@ def measure_model(model: BenchmarkModel, arguments: argparse.Namespace) -> list[
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
     table = Table(title=f"one request, {rows[0]['device']}, {rows[0]['dtype']}, commit {rows[0]['commit']}")
-    for column in ("model", "workload", "tok/s", "floor", "first token, ms", "worst, ms"):
+    for column in ("model", "workload", "tok/s", "floor", "vLLM, H200", "first token, ms", "worst", "vLLM, H200"):
         table.add_column(column, justify="left" if column in ("model", "workload") else "right")
     for row in rows:
         rate, floor, worst = row.get("tok_s"), row.get("floor_tok_s"), row.get("ttft_ms_worst")
@@ -110,8 +114,10 @@ def show(rows: list[dict[str, Any]]) -> None:
             row["workload"],
             "" if rate is None else f"{rate:,.0f}",
             "" if floor is None else f"{floor:,.0f}",
+            str(row.get("vllm_tok_s") or ""),
             f"{row['ttft_ms']:.2f}",
             "" if worst is None else f"{worst:.2f}",
+            str(row.get("vllm_ttft_ms") or ""),
         )
     Console(width=120).print(table)
 

@@ -1,18 +1,20 @@
 import pytest
 from rich.console import Console
 
-from benchmarks.anchors import VLLM, pairs_table, vllm_row
+from benchmarks.anchors import VLLM, VLLM_SINGLE, pairs_table, vllm_row, vllm_single
 from benchmarks.models import PAIRS, WORKLOADS
 
 
 def test_every_pair_has_an_anchor_for_every_workload() -> None:
-    assert set(PAIRS.values()) == set(VLLM)
+    assert set(PAIRS.values()) == set(VLLM) == set(VLLM_SINGLE)
     assert all(figures.keys() == WORKLOADS.keys() for figures in VLLM.values())
 
 
 def test_a_block_model_is_compared_with_the_vanilla_model_of_its_quality() -> None:
     assert vllm_row("block-1.2B", "D") == vllm_row("vanilla-302M", "D") == 26_083
     assert vllm_row("tiny", "D") is None
+    assert vllm_single("block-85M") == vllm_single("vanilla-19M") == (682, 4.2)
+    assert vllm_single("tiny") == (None, None)
 
 
 def test_both_ratios_of_a_pair_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

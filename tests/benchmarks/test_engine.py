@@ -64,8 +64,9 @@ def test_sampled_answers_are_measured_and_recorded(arguments: argparse.Namespace
 
 
 def test_a_floor_measured_here_stands_in_for_the_known_one(
-    arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str]
+    arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("benchmarks.floor.copy_bandwidth", lambda device: 1e9)
     arguments.floor, arguments.workloads = True, ["D"]
     rows = list(measure_model(MODEL, arguments))
     assert rows[0]["floor_measured_here"]

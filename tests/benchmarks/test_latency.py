@@ -11,6 +11,7 @@ LINE = ["--device", "cpu", "--dtype", "float32", "--max-step-positions", "32"]
 
 def test_rows_have_the_form_of_results(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(latency, "SINGLE", Workload("single", 12, 20))
+    monkeypatch.setattr("benchmarks.floor.copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(latency, "FIRST", Workload("first", 100, 1))
     single, first = measure_model(MODEL, parse([*LINE, "--floor"]))
     assert (single["bench"], single["workload"], single["rows"]) == ("latency", "12 in 20 out", 1)

@@ -30,7 +30,7 @@ from benchmarks.profile import PROFILE_ANSWER_TOKENS, PROFILE_STEP_POSITIONS, pr
 from benchmarks.results import append, provenance
 from engine.config import DTYPES, EngineConfig
 from engine.core import EngineCore
-from engine.model.block_transformer import BlockTransformer
+from engine.model.build import build_model
 from engine.options import resolve_options
 from engine.process_config import EngineOptions
 from engine.types import GenerationRequest, SamplingParams
@@ -107,7 +107,7 @@ def loaded_core(model: BenchmarkModel, config: EngineConfig) -> Iterator[EngineC
     kernels = select_kernels(device)
     tensors = random_weights(model.config, getattr(torch, config.dtype), device, seed=0)
     core = EngineCore(
-        name=model.name, config=config, model=BlockTransformer(model.config, tensors, kernels), kernels=kernels
+        name=model.name, config=config, model=build_model(model.config, tensors, kernels), kernels=kernels
     )
     # As the engine process does: what start-up made need not be looked at by the garbage collector again.
     gc.freeze()

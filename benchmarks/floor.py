@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.config import DecoderConfig, ModelConfig
+from engine.config import BlockTransformerConfig, DecoderConfig, ModelConfig
 
 
 def step_floor(config: ModelConfig, rows: int, context: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -16,7 +16,7 @@ def step_floor(config: ModelConfig, rows: int, context: int, device: torch.devic
     Products are timed on the device with random operands of the step's shapes; the KV bytes are divided by the
     bandwidth of a large copy timed beside them.
     """
-    products = _block_decoder_products(config, rows) + _token_decoder_products(config, rows)
+    products = _decoder_products(config.block_decoder, rows) + _writer_products(config, rows)
     operands = [_operands(shape, device, dtype) for shape in products]
 
     def run() -> None:
@@ -43,11 +43,9 @@ def _decoder_products(decoder: DecoderConfig, batch: int) -> list[tuple[int, int
     return layer * decoder.num_layers
 
 
-def _block_decoder_products(config: ModelConfig, rows: int) -> list[tuple[int, int, int]]:
-    return _decoder_products(config.block_decoder, rows)
-
-
-def _token_decoder_products(config: ModelConfig, rows: int) -> list[tuple[int, int, int]]:
+def _writer_products(config: ModelConfig, rows: int) -> list[tuple[int, int, int]]:
+    if not isinstance(config, BlockTransformerConfig):
+        return [(rows, config.block_decoder.hidden_size, config.vocab_size)]
     token, hidden = config.token_decoder, config.token_decoder.hidden_size
     expansion = [(rows, config.block_decoder.hidden_size, config.expanded_vectors * hidden)]
     first = config.expanded_vectors if token.strategy == "prefix" else 1

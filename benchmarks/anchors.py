@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.models import PAIRS
+from benchmarks.models import CONTROLS
 
 VLLM: Mapping[str, Mapping[str, int]] = {
     "vanilla-302M": {"P": 9_502, "D": 26_083, "X": 3_804},
@@ -25,12 +25,12 @@ VLLM_SINGLE: Mapping[str, tuple[int, float]] = {
 
 def vllm_single(model: str) -> tuple[int, float] | tuple[None, None]:
     """VLLM_SINGLE of a vanilla model, or of the one that a block model is paired with."""
-    return VLLM_SINGLE.get(PAIRS.get(model, model), (None, None))
+    return VLLM_SINGLE.get(CONTROLS.get(model, model), (None, None))
 
 
 def vllm_row(model: str, workload: str) -> int | None:
     """vLLM's tokens a second with a vanilla model, or with the one that a block model is paired with."""
-    return VLLM.get(PAIRS.get(model, model), {}).get(workload)
+    return VLLM.get(CONTROLS.get(model, model), {}).get(workload)
 
 
 def pairs_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
@@ -42,12 +42,12 @@ def pairs_table(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     for column in ("block", "vanilla", "ratio", "vanilla in vLLM, H200", "ratio"):
         table.add_column(column, justify="right")
     for (model, workload), block in measured.items():
-        vanilla = measured.get((PAIRS.get(model, ""), workload))
+        vanilla = measured.get((CONTROLS.get(model, ""), workload))
         if vanilla is None:
             continue
         vllm = vllm_row(model, workload)
         theirs = ("n/a", "n/a") if vllm is None else (f"{vllm:,}", f"{block / vllm:.2f}x")
         table.add_row(
-            model, PAIRS[model], workload, f"{block:,.0f}", f"{vanilla:,.0f}", f"{block / vanilla:.2f}x", *theirs
+            model, CONTROLS[model], workload, f"{block:,.0f}", f"{vanilla:,.0f}", f"{block / vanilla:.2f}x", *theirs
         )
     return table if table.rows else None

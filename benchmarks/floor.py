@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import Workload
-from engine.config import DecoderConfig, ModelConfig
+from engine.config import BlockTransformerConfig, DecoderConfig, ModelConfig
 
 PREFILL_POSITIONS = 16384
 """Positions at which the products of prefill are timed: a full step of a GPU's default budget."""
@@ -82,12 +82,7 @@ def kv_position_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 def decode_products(config: ModelConfig, rows: int) -> list[Product]:
     """Of a step that writes a block for each of `rows` rows."""
-    token, hidden = config.token_decoder, config.token_decoder.hidden_size
-    expansion = [(rows, config.block_decoder.hidden_size, config.expanded_vectors * hidden)]
-    first = config.expanded_vectors if token.strategy == "prefix" else 1
-    passes = _decoder_products(token, first * rows) + _decoder_products(token, rows) * (config.block_length - 1)
-    heads = [(rows, hidden, config.vocab_size)] * config.block_length
-    return _decoder_products(config.block_decoder, rows) + expansion + passes + heads
+    return _decoder_products(config.block_decoder, rows) + _writer_products(config, rows)
 
 
 def prefill_products(config: ModelConfig, positions: int) -> list[Product]:
@@ -122,6 +117,17 @@ def _captured(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def _writer_products(config: ModelConfig, rows: int) -> list[Product]:
+    """Of writing a block, or of a vanilla model a token, from the block decoder's output."""
+    if not isinstance(config, BlockTransformerConfig):
+        return [(rows, config.block_decoder.hidden_size, config.vocab_size)]
+    token, hidden = config.token_decoder, config.token_decoder.hidden_size
+    expansion = [(rows, config.block_decoder.hidden_size, config.expanded_vectors * hidden)]
+    first = config.expanded_vectors if token.strategy == "prefix" else 1
+    passes = _decoder_products(token, first * rows) + _decoder_products(token, rows) * (config.block_length - 1)
+    return expansion + passes + [(rows, hidden, config.vocab_size)] * config.block_length
 
 
 def _decoder_products(decoder: DecoderConfig, batch: int) -> list[Product]:

@@ -17,7 +17,7 @@ from benchmarks.device_waits import counted_waits
 from benchmarks.models import MODELS, WORKLOADS, BenchmarkModel, Workload
 from engine.config import DTYPES, EngineConfig
 from engine.core import EngineCore, StepReport
-from engine.model.block_transformer import BlockTransformer
+from engine.model.build import build_model
 from engine.options import resolve_options
 from engine.page_pool import PagePool
 from engine.process_config import EngineOptions
@@ -130,10 +130,10 @@ def loaded_core(
     tensors = random_weights(model.config, getattr(torch, config.dtype), device, WEIGHTS_SEED)
     if change is not None:
         change(tensors)
-    transformer = BlockTransformer(model.config, tensors, kernels)
+    built = build_model(model.config, tensors, kernels)
     # Most of them are held a second time, transposed: the memory is the KV cache's.
     del tensors
-    core = EngineCore(name=model.name, config=config, model=transformer, kernels=kernels, make_pool=make_pool)
+    core = EngineCore(name=model.name, config=config, model=built, kernels=kernels, make_pool=make_pool)
     # As the engine process does: what start-up made need not be looked at by the garbage collector again.
     gc.freeze()
     try:

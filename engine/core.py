@@ -17,7 +17,8 @@ from engine.config import EngineConfig, ModelConfig
 from engine.decode_step import DecodeStep
 from engine.graphs import DecodeGraphs
 from engine.kv_cache import KVCache, KVLayout, free_memory, plan_pages
-from engine.model.block_transformer import BlockTransformer
+from engine.model.build import build_model
+from engine.model.model import Model
 from engine.page_pool import PagePool
 from engine.rehearsal import activation_bytes
 from engine.runner import Runner, StepInFlight
@@ -50,7 +51,7 @@ class EngineCore:
         *,
         name: str,
         config: EngineConfig,
-        model: BlockTransformer,
+        model: Model,
         kernels: Kernels,
         clock: Callable[[], float] = time.monotonic,
         make_pool: Callable[[int], PagePool] = PagePool,
@@ -108,7 +109,7 @@ class EngineCore:
         else:
             tensors = random_weights(model_config, dtype, device, random_seed)
         kernels = select_kernels(device)
-        model = BlockTransformer(model_config, tensors, kernels)
+        model = build_model(model_config, tensors, kernels)
         # Most of them are held a second time, transposed: the memory is the KV cache's.
         del tensors
         return cls(name=name, config=config, model=model, kernels=kernels)
@@ -186,13 +187,11 @@ class EngineCore:
         )
         if request.params.seed is None:
             raise InvalidRequestError("seed", "seed is missing: whoever submits a request to an engine draws one")
-        prompt = align_prompt(
-            request.prompt_token_ids, model.block_length, model.prompt_alignment, model.embedder.pad_token_id
-        )
+        prompt = align_prompt(request.prompt_token_ids, model.block_length, model.prompt_alignment, model.pad_token_id)
         return Sequence(key=key, request=request, prompt=prompt, arrival=now, block_length=model.block_length)
 
 
-def _runner(config: EngineConfig, model: BlockTransformer, kernels: Kernels, cache: KVCache) -> Runner:
+def _runner(config: EngineConfig, model: Model, kernels: Kernels, cache: KVCache) -> Runner:
     device = torch.device(config.device)
     staging = Staging(device)
     tables = BatchTables(

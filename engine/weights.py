@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.config import ConfigError, DecoderConfig, ModelConfig
+from engine.config import BlockTransformerConfig, ConfigError, DecoderConfig, ModelConfig
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -24,7 +24,7 @@ READERS = 8
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")
 STRAYS = re.compile(
     r"block_decoder\.gpt_neox\.embed_in\.weight"
-    r"|(block|token)_decoder\.gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
+    r"|((block|token)_decoder\.)?gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
 )
 """Tensors that checkpoints are known to hold and that no computation reads."""
 
@@ -36,22 +36,10 @@ class WeightsError(ConfigError):
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the model needs, named as the reference's checkpoints name them."""
-    vocab, length = config.vocab_size, config.block_length
-    width, token_width = config.block_decoder.hidden_size, config.token_decoder.hidden_size
-    expanded = config.expanded_vectors * token_width
-    shapes: dict[str, tuple[int, ...]] = {"embedder.embeddings.weight": (vocab, config.embedder.hidden_size)}
-    if config.embedder.projection == "projection_layer":
-        shapes["embedder.projection_layer.weight"] = (width, config.embedder.hidden_size, length)
-        shapes["embedder.projection_layer.bias"] = (width,)
-    shapes |= _decoder_shapes(config.block_decoder, "block_decoder.gpt_neox")
-    shapes |= _decoder_shapes(config.token_decoder, "token_decoder.gpt_neox")
-    return shapes | {
-        "token_decoder.gpt_neox.embed_in.weight": (vocab, token_width),
-        "token_decoder.expansion_layer.weight": (expanded, width, 1),
-        "token_decoder.expansion_layer.bias": (expanded,),
-        "token_decoder.embed_out.weight": (vocab, token_width),
-    }
+    """Name and shape of every tensor that the model needs, named as checkpoints of its kind name them."""
+    if isinstance(config, BlockTransformerConfig):
+        return _block_transformer_shapes(config)
+    return _vanilla_shapes(config)
 
 
 def load_weights(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -95,6 +83,32 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
             tensor = torch.empty(shape).normal_(std=0.02, generator=generator)
         tensors[name] = tensor.to(device, dtype)
     return tensors
+
+
+def _block_transformer_shapes(config: BlockTransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Named as the reference's checkpoints name them."""
+    vocab, length = config.vocab_size, config.block_length
+    width, token_width = config.block_decoder.hidden_size, config.token_decoder.hidden_size
+    expanded = config.expanded_vectors * token_width
+    shapes: dict[str, tuple[int, ...]] = {"embedder.embeddings.weight": (vocab, config.embedder.hidden_size)}
+    if config.embedder.projection == "projection_layer":
+        shapes["embedder.projection_layer.weight"] = (width, config.embedder.hidden_size, length)
+        shapes["embedder.projection_layer.bias"] = (width,)
+    shapes |= _decoder_shapes(config.block_decoder, "block_decoder.gpt_neox")
+    shapes |= _decoder_shapes(config.token_decoder, "token_decoder.gpt_neox")
+    return shapes | {
+        "token_decoder.gpt_neox.embed_in.weight": (vocab, token_width),
+        "token_decoder.expansion_layer.weight": (expanded, width, 1),
+        "token_decoder.expansion_layer.bias": (expanded,),
+        "token_decoder.embed_out.weight": (vocab, token_width),
+    }
+
+
+def _vanilla_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Named as Hugging Face's GPTNeoXForCausalLM names them."""
+    table = (config.vocab_size, config.block_decoder.hidden_size)
+    layers = _decoder_shapes(config.block_decoder, "gpt_neox")
+    return {"gpt_neox.embed_in.weight": table} | layers | {"embed_out.weight": table}
 
 
 def _decoder_shapes(config: DecoderConfig, prefix: str) -> dict[str, tuple[int, ...]]:

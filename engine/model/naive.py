@@ -1,17 +1,19 @@
-"""The Block Transformer written down plainly: what the served model is compared with.
+"""The models written down plainly: what the served ones are compared with.
 
 No caches, no pages, no kernels: every pass starts from the token ids. Letters in shapes: B sequences, N blocks, L
 block length, T positions, H block decoder width, h token decoder width, R expanded vectors, V vocabulary.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from engine.config import DecoderConfig, ModelConfig, PromptAlignment
+from engine.config import BlockTransformerConfig, ModelConfig, PromptAlignment, VanillaConfig
+from engine.model.naive_layers import NaiveDecoder
 from engine.types import FinishReason, SamplingParams
 from kernels.sampler import SamplingTables, perturbed_scores
 
@@ -37,19 +39,41 @@ class NaiveAnswer(NamedTuple):
     """For each token: its score minus the second best, noise included."""
 
 
-class NaiveBlockTransformer:
-    """The model over a checkpoint's tensors, which keep their names and shapes. Computes on `device`."""
+class NaiveModel(ABC):
+    """A model over a checkpoint's tensors, which keep their names and shapes.
+
+    Blocks are embedded, the block decoder makes a context embedding of each, and a block is written from the context
+    embedding in front of it. Kinds of models differ in how they embed and write. Computes on `device`.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         tensors: Mapping[str, Tensor],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        decoder: str,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
+        """`decoder`: the name of the block decoder in the checkpoint."""
         self.config = config
         self.device = torch.device(device)
         self._tensors = {name: tensor.to(self.device, dtype) for name, tensor in tensors.items()}
+        self._block_decoder = NaiveDecoder(config.block_decoder, self._tensors, decoder)
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Block embeddings: ids [B, N, L] -> [B, N, H]."""
+
+    @abstractmethod
+    def block_logits(self, contexts: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits for each token of a block, given the tokens before it and the block's context.
+
+        contexts [B, H], tokens [B, L] (what stands at j matters only behind j), mask [B, L] bool -> [B, L, V].
+        """
+
+    def contexts(self, embeddings: Tensor, block_mask: Tensor | None = None) -> Tensor:
+        """Context embeddings: block embeddings [B, N, H] and block_mask [B, N] bool -> [B, N, H]."""
+        return self._block_decoder.forward(embeddings, block_mask)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> NaiveForward:
         """Predict every block of ids [B, N, L] but the first from those before it and from its own tokens.
@@ -65,44 +89,6 @@ class NaiveBlockTransformer:
             contexts[:, :-1].flatten(0, 1), ids[:, 1:].flatten(0, 1), mask[:, 1:].bool().flatten(0, 1)
         )
         return NaiveForward(embeddings, contexts, logits.view(sequences, blocks - 1, length, -1))
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Block embeddings: ids [B, N, L] -> [B, N, H]."""
-        vectors = self._tensors["embedder.embeddings.weight"][ids.long()]  # [B, N, L, E]
-        if self.config.embedder.projection == "concat":
-            return vectors.flatten(2)
-        weight = self._tensors["embedder.projection_layer.weight"]  # [H, E, L]
-        return torch.einsum("bnle,hel->bnh", vectors, weight) + self._tensors["embedder.projection_layer.bias"]
-
-    def contexts(self, embeddings: Tensor, block_mask: Tensor | None = None) -> Tensor:
-        """Context embeddings: block embeddings [B, N, H] and block_mask [B, N] bool -> [B, N, H]."""
-        return self._decoder("block_decoder.gpt_neox", self.config.block_decoder, embeddings, block_mask)
-
-    def expand(self, contexts: Tensor) -> Tensor:
-        """Context embeddings [B, H] -> [B, R, h]."""
-        weight = self._tensors["token_decoder.expansion_layer.weight"].squeeze(-1)
-        expanded = contexts @ weight.T + self._tensors["token_decoder.expansion_layer.bias"]
-        return expanded.view(len(contexts), self.config.expanded_vectors, -1)
-
-    def block_logits(self, contexts: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits for each token of a block, given the tokens before it and the block's context.
-
-        contexts [B, H], tokens [B, L] (what stands at j matters only behind j), mask [B, L] bool -> [B, L, V].
-        """
-        table = self._tensors["token_decoder.gpt_neox.embed_in.weight"]
-        expanded, before = self.expand(contexts), tokens[:, :-1].long()
-        seen = torch.ones_like(before, dtype=torch.bool) if mask is None else mask[:, :-1]
-        if self.config.token_decoder.strategy == "prefix":
-            inputs = torch.cat((expanded, table[before]), dim=1)
-            first = expanded.shape[1] - 1
-        else:
-            start = torch.full_like(tokens[:, :1].long(), self.config.eos_token_id)
-            inputs = expanded + table[torch.cat((start, before), dim=1)]
-            first = 0
-        always = seen.new_ones(len(seen), inputs.shape[1] - seen.shape[1])
-        keys_seen = torch.cat((always, seen), dim=1)
-        hidden = self._decoder("token_decoder.gpt_neox", self.config.token_decoder, inputs, keys_seen)
-        return hidden[:, first:] @ self._tensors["token_decoder.embed_out.weight"].T
 
     def generate(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, alignment: PromptAlignment | None = None
@@ -139,7 +125,7 @@ class NaiveBlockTransformer:
         """
         mask = torch.ones_like(ids) if mask is None else mask
         padding = -ids.shape[1] % self.config.block_length
-        ids = torch.nn.functional.pad(ids, (padding, 0), value=self.config.embedder.pad_token_id)
+        ids = torch.nn.functional.pad(ids, (padding, 0), value=self.config.pad_token_id)
         mask = torch.nn.functional.pad(mask, (padding, 0), value=0)
         blocks = ids.view(len(ids), -1, self.config.block_length)
         block_mask = mask.view(blocks.shape).bool().any(-1)
@@ -154,40 +140,6 @@ class NaiveBlockTransformer:
         answers: list[list[int]] = blocks[:, prompt_blocks:].flatten(1)[:, :wanted].tolist()
         return [self._cut_at_eos(answer) for answer in answers] if stop_at_eos else answers
 
-    def _decoder(self, name: str, config: DecoderConfig, x: Tensor, keys_seen: Tensor | None) -> Tensor:
-        """GPT-NeoX layers and final norm over x [B, T, H], causal; keys_seen [B, T] bool takes keys away."""
-        length = x.shape[1]
-        visible = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()[None]
-        if keys_seen is not None:
-            visible = visible & keys_seen[:, None]
-        for index in range(config.num_layers):
-            layer = f"{name}.layers.{index}"
-            for_attention = self._norm(f"{layer}.input_layernorm", config, x)
-            for_ffn = self._norm(f"{layer}.post_attention_layernorm", config, x)
-            inner = self._linear(f"{layer}.mlp.dense_h_to_4h", for_ffn)
-            gelu = 0.5 * inner * (1 + torch.erf(inner / math.sqrt(2)))
-            attention = self._attention(f"{layer}.attention", config, for_attention, visible)
-            x = x + attention + self._linear(f"{layer}.mlp.dense_4h_to_h", gelu)
-        return self._norm(f"{name}.final_layer_norm", config, x)
-
-    def _attention(self, name: str, config: DecoderConfig, x: Tensor, visible: Tensor) -> Tensor:
-        """Attention over x [B, T, H]; visible [B or 1, T, T] is True where a query (row) sees a key (column)."""
-        heads = self._linear(f"{name}.query_key_value", x).unflatten(-1, (config.num_heads, 3, config.head_size))
-        query, key, value = heads.unbind(-2)  # [B, T, heads, D] each
-        scores = torch.einsum("bqhd,bkhd->bhqk", rotate(query, config), rotate(key, config)) * config.head_size**-0.5
-        # The lowest number rather than -inf: a query in front of all that it may see has to stay a number.
-        scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
-        attended = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
-        return self._linear(f"{name}.dense", attended.flatten(2))
-
-    def _norm(self, name: str, config: DecoderConfig, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        normed = centred / (centred.square().mean(-1, keepdim=True) + config.layer_norm_eps).sqrt()
-        return normed * self._tensors[f"{name}.weight"] + self._tensors[f"{name}.bias"]
-
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        return x @ self._tensors[f"{name}.weight"].T + self._tensors[f"{name}.bias"]
-
     def _align(self, prompt: Sequence[int], alignment: PromptAlignment) -> tuple[list[list[int]], list[int]]:
         """The prompt's blocks, and the tokens that are forced on the block behind them."""
         length = self.config.block_length
@@ -195,7 +147,7 @@ class NaiveBlockTransformer:
         forced: list[int] = []
         tokens = list(prompt)
         if rest and (alignment == "left_pad" or len(prompt) < length):
-            tokens = [self.config.embedder.pad_token_id] * (length - rest) + tokens
+            tokens = [self.config.pad_token_id] * (length - rest) + tokens
         elif rest:
             tokens, forced = tokens[:-rest], tokens[-rest:]
         return [tokens[start : start + length] for start in range(0, len(tokens), length)], forced
@@ -232,12 +184,85 @@ class NaiveBlockTransformer:
         return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
 
 
-def rotate(x: Tensor, config: DecoderConfig) -> Tensor:
-    """Rotate x [B, T, heads, D] at positions 0..T-1: the first `rotary_dims` dimensions, paired in two halves."""
-    half = config.rotary_dims // 2
-    frequencies = config.rotary_base ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
-    positions = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
-    angles = (positions[:, None] * frequencies)[:, None]  # [T, 1, half]
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+class NaiveBlockTransformer(NaiveModel):
+    """The Block Transformer (Ho et al., 2024, arXiv 2406.02657)."""
+
+    config: BlockTransformerConfig
+
+    def __init__(
+        self,
+        config: BlockTransformerConfig,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(config, tensors, "block_decoder.gpt_neox", dtype, device)
+        self._token_decoder = NaiveDecoder(config.token_decoder, self._tensors, "token_decoder.gpt_neox")
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Block embeddings: ids [B, N, L] -> [B, N, H]."""
+        vectors = self._tensors["embedder.embeddings.weight"][ids.long()]  # [B, N, L, E]
+        if self.config.embedder.projection == "concat":
+            return vectors.flatten(2)
+        weight = self._tensors["embedder.projection_layer.weight"]  # [H, E, L]
+        return torch.einsum("bnle,hel->bnh", vectors, weight) + self._tensors["embedder.projection_layer.bias"]
+
+    def expand(self, contexts: Tensor) -> Tensor:
+        """Context embeddings [B, H] -> [B, R, h]."""
+        weight = self._tensors["token_decoder.expansion_layer.weight"].squeeze(-1)
+        expanded = contexts @ weight.T + self._tensors["token_decoder.expansion_layer.bias"]
+        return expanded.view(len(contexts), self.config.expanded_vectors, -1)
+
+    def block_logits(self, contexts: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits for each token of a block, given the tokens before it and the block's context.
+
+        contexts [B, H], tokens [B, L] (what stands at j matters only behind j), mask [B, L] bool -> [B, L, V].
+        """
+        table = self._tensors["token_decoder.gpt_neox.embed_in.weight"]
+        expanded, before = self.expand(contexts), tokens[:, :-1].long()
+        seen = torch.ones_like(before, dtype=torch.bool) if mask is None else mask[:, :-1]
+        if self.config.token_decoder.strategy == "prefix":
+            inputs = torch.cat((expanded, table[before]), dim=1)
+            first = expanded.shape[1] - 1
+        else:
+            start = torch.full_like(tokens[:, :1].long(), self.config.eos_token_id)
+            inputs = expanded + table[torch.cat((start, before), dim=1)]
+            first = 0
+        always = seen.new_ones(len(seen), inputs.shape[1] - seen.shape[1])
+        keys_seen = torch.cat((always, seen), dim=1)
+        hidden = self._token_decoder.forward(inputs, keys_seen)
+        return hidden[:, first:] @ self._tensors["token_decoder.embed_out.weight"].T
+
+
+class NaiveVanillaTransformer(NaiveModel):
+    """A GPT-NeoX transformer: blocks of one token, each read off the layers' output at the token before it."""
+
+    def __init__(
+        self,
+        config: VanillaConfig,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(config, tensors, "gpt_neox", dtype, device)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings: ids [B, T, 1] -> [B, T, H]."""
+        return self._tensors["gpt_neox.embed_in.weight"][ids.squeeze(-1).long()]
+
+    def block_logits(self, contexts: Tensor, _tokens: Tensor, _mask: Tensor | None = None) -> Tensor:
+        """Logits of the next token: contexts [B, H] -> [B, 1, V]. No token of its block comes before it."""
+        return (contexts @ self._tensors["embed_out.weight"].T)[:, None]
+
+
+def naive_model(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> NaiveModel:
+    """The naive model of the config's kind."""
+    if isinstance(config, BlockTransformerConfig):
+        return NaiveBlockTransformer(config, tensors, dtype, device)
+    assert isinstance(config, VanillaConfig)
+    return NaiveVanillaTransformer(config, tensors, dtype, device)

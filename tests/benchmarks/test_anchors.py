@@ -2,11 +2,11 @@ import pytest
 from rich.console import Console
 
 from benchmarks.anchors import VLLM, VLLM_SINGLE, pairs_table, vllm_row, vllm_single
-from benchmarks.models import PAIRS, WORKLOADS
+from benchmarks.models import CONTROLS, WORKLOADS
 
 
 def test_every_pair_has_an_anchor_for_every_workload() -> None:
-    assert set(PAIRS.values()) == set(VLLM) == set(VLLM_SINGLE)
+    assert set(CONTROLS.values()) == set(VLLM) == set(VLLM_SINGLE)
     assert all(figures.keys() == WORKLOADS.keys() for figures in VLLM.values())
 
 

@@ -36,6 +36,11 @@ def test_products_are_those_of_the_parameters() -> None:
     assert sum(map(math.prod, prefill_products(config, 8))) == 8 * (decoder - 9 * 2048**2)
 
 
+def test_a_vanilla_model_writes_with_its_head() -> None:
+    weights = sum(inner * columns for _, inner, columns in decode_products(MODELS["vanilla-302M"].config, 1))
+    assert weights == 24 * 12 * 1024**2 + 1024 * 50304
+
+
 def test_a_position_holds_keys_and_values_of_all_layers() -> None:
     assert kv_position_bytes(MODELS["block-1.2B"].config, torch.bfloat16) == 4 * 24_576
 

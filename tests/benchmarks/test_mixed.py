@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.harness import engine_config, loaded_core
 from benchmarks.mixed import Course, drive, measure_model, parse, percentiles, show, with_room
-from benchmarks.models import WORKLOADS, Workload
+from benchmarks.models import WORKLOADS, BenchmarkModel, Workload
 from benchmarks.traffic import Arrival, always_say_eos, mixed_requests
-from tests.benchmarks.tiny import MODEL, TINY
+from tests.benchmarks.tiny import MODEL, TINY, VANILLA
 
 
 @pytest.fixture
@@ -40,11 +40,12 @@ def test_a_row_compares_with_fixed_lengths(
     assert "of fixed" in capsys.readouterr().out
 
 
-def test_answers_end_by_eos_where_they_were_drawn_to(arguments: argparse.Namespace) -> None:
+@pytest.mark.parametrize("model", [MODEL, VANILLA], ids=["block", "vanilla"])
+def test_answers_end_by_eos_where_they_were_drawn_to(model: BenchmarkModel, arguments: argparse.Namespace) -> None:
     requests = mixed_requests(WORKLOADS["D"], 9, TINY.vocab_size, np.random.default_rng(3))
-    config = engine_config(MODEL, arguments, max_waiting=64)
+    config = engine_config(model, arguments, max_waiting=64)
     reasons, counts = set(), dict.fromkeys((request.request_id for request in requests), 0)
-    with loaded_core(MODEL, config, change=lambda tensors: always_say_eos(tensors, TINY.eos_token_id)) as core:
+    with loaded_core(model, config, change=lambda tensors: always_say_eos(tensors, TINY.eos_token_id)) as core:
         core.add([(request.request_id, request) for request in requests])
         while core.has_work:
             report = core.step()

@@ -5,12 +5,13 @@ import argparse
 import pytest
 import torch
 
-from benchmarks.models import WORKLOADS, Workload
+from benchmarks.models import WORKLOADS, BenchmarkModel, Workload
 from benchmarks.rescore import gaps, measure_model, parse, rescore, show, spread
-from engine.model.naive import NaiveBlockTransformer
+from engine.config import ModelConfig
+from engine.model.naive import NaiveModel, naive_model
 from engine.types import SamplingParams
 from engine.weights import random_weights
-from tests.benchmarks.tiny import MODEL, TINY
+from tests.benchmarks.tiny import MODEL, TINY, VANILLA
 
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6, 5)
 
@@ -22,14 +23,21 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
 
 
 @pytest.fixture
-def oracle() -> NaiveBlockTransformer:
-    return NaiveBlockTransformer(TINY, random_weights(TINY, torch.float32, torch.device("cpu"), seed=0))
+def oracle() -> NaiveModel:
+    return make_oracle(TINY)
 
 
-@pytest.mark.parametrize("alignment", ["left_pad", "forced_tail"])
-def test_the_oracles_own_answer_has_no_gap(alignment: str) -> None:
-    config = TINY.model_copy(update={"prompt_alignment": alignment})
-    oracle = NaiveBlockTransformer(config, random_weights(config, torch.float32, torch.device("cpu"), seed=0))
+def make_oracle(config: ModelConfig) -> NaiveModel:
+    return naive_model(config, random_weights(config, torch.float32, torch.device("cpu"), seed=0))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [TINY, TINY.model_copy(update={"prompt_alignment": "forced_tail"}), VANILLA.config],
+    ids=["left_pad", "forced_tail", "vanilla"],
+)
+def test_the_oracles_own_answer_has_no_gap(config: ModelConfig) -> None:
+    oracle = make_oracle(config)
     params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
     answer = oracle.generate(PROMPT, params).token_ids
     found = gaps(oracle, PROMPT, answer)
@@ -37,14 +45,14 @@ def test_the_oracles_own_answer_has_no_gap(alignment: str) -> None:
     assert float(found.max()) < 1e-4
 
 
-def test_blocks_in_parts_are_the_same(oracle: NaiveBlockTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_in_parts_are_the_same(oracle: NaiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = [7 * place % 64 for place in range(23)]
     whole = gaps(oracle, PROMPT, answer)
     monkeypatch.setattr("benchmarks.rescore.BLOCKS_AT_ONCE", 2)
     torch.testing.assert_close(gaps(oracle, PROMPT, answer), whole)
 
 
-def test_bad_tokens_are_found(oracle: NaiveBlockTransformer) -> None:
+def test_bad_tokens_are_found(oracle: NaiveModel) -> None:
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
     answer = oracle.generate(PROMPT, params).token_ids
     logits_worst = min(range(64), key=lambda token: -float(gaps(oracle, PROMPT, [*answer[:11], token])[-1]))
@@ -54,12 +62,13 @@ def test_bad_tokens_are_found(oracle: NaiveBlockTransformer) -> None:
     assert figures["largest_gap"] == float(gaps(oracle, PROMPT, [*answer[:11], logits_worst])[-1])
 
 
+@pytest.mark.parametrize("model", [MODEL, VANILLA], ids=["block", "vanilla"])
 def test_answers_of_the_engine_are_within_the_gap(
-    arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str]
+    model: BenchmarkModel, arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (row,) = measure_model(MODEL, arguments)
+    (row,) = measure_model(model, arguments)
     assert (row["bench"], row["model"], row["requests"], row["rescored"], row["tokens"]) == (
-        "rescore", "tiny", 6, 6, 6 * 21,
+        "rescore", model.name, 6, 6, 6 * 21,
     )  # fmt: skip
     assert row["within"] == 1
     assert row["largest_gap"] < 1e-3

@@ -6,18 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.models import BenchmarkModel
 from benchmarks.startup import drop_from_file_cache, measure_model, parse, show, start_once, write_model
 from benchmarks.startup_child import start
 from engine.config import ModelConfig
 from engine.process_config import EngineOptions
-from tests.benchmarks.tiny import MODEL, TINY
+from tests.benchmarks.tiny import MODEL, VANILLA
 
 LINE = ["--device", "cpu", "--dtype", "bfloat16", "--max-step-positions", "32", "--repeats", "1"]
 OPTIONS = EngineOptions(device="cpu", max_rows=4)
 
 
-def test_the_parts_of_a_start_add_up(tmp_path: Path) -> None:
-    write_model(MODEL, tmp_path, "bfloat16")
+@pytest.mark.parametrize("model", [MODEL, VANILLA], ids=["block", "vanilla"])
+def test_the_parts_of_a_start_add_up(model: BenchmarkModel, tmp_path: Path) -> None:
+    write_model(model, tmp_path, "bfloat16")
     drop_from_file_cache(tmp_path)
     before = time.monotonic()
     found = start(tmp_path, OPTIONS)
@@ -25,7 +27,7 @@ def test_the_parts_of_a_start_add_up(tmp_path: Path) -> None:
     assert found.parts.keys() == {"weights", "rehearsal", "graphs", "other", "first token"}
     assert sum(found.parts.values()) == pytest.approx(found.first_token - found.imported)
     assert all(seconds >= 0 for seconds in found.parts.values())
-    assert ModelConfig.load(tmp_path) == TINY.model_copy(update={"dtype": "bfloat16"})
+    assert ModelConfig.load(tmp_path) == model.config.model_copy(update={"dtype": "bfloat16"})
 
 
 def test_rows_have_the_form_of_results(

@@ -19,7 +19,7 @@ SOURCES := server engine kernels training benchmarks tests docs
 .PHONY: help serve test lint format unit docs bench bench-engine soak model-card clean
 
 help: ## This list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 serve: $(RUNTIME) ## Install what serving needs and serve the embedded model on PORT (8000)
 	exec $(BIN)/blockserve serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -47,6 +47,9 @@ bench: $(DEV) ## Measure a server with the embedded model (ARGS="--device cuda -
 
 bench-engine: $(DEV) ## Measure the engine alone on a GPU (ARGS="--models block-302M --workloads P D")
 	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+bench-%: $(DEV) ## Measure on a GPU one of kernels, mixed, latency, startup, rescore
+	$(BIN)/python -m benchmarks.$* $(ARGS)
 
 soak: $(DEV) ## Load a server at random, kill its engine, look for leaks (ARGS="--minutes 8 --device cuda")
 	$(BIN)/python -m benchmarks.soak $(ARGS)

@@ -1,31 +1,70 @@
-"""The floor of a decode step: its matrix products and one reading of its KV, one after the other, nothing else."""
+"""The floor of a workload: its matrix products and one reading of its KV, one after the other, nothing else.
+
+Measured on the device at hand, with random operands. CUDA launches nothing in between: the products of a step are one
+graph.
+"""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.config import DecoderConfig, ModelConfig
+from benchmarks.models import Workload
+from engine.config import BlockTransformerConfig, DecoderConfig, ModelConfig
+
+PREFILL_POSITIONS = 16384
+"""Positions at which the products of prefill are timed: a full step of a GPU's default budget."""
+
+Product = tuple[int, int, int]
+"""(rows, in, out) of one matrix product."""
+
+
+@dataclass(frozen=True)
+class DeviceFloor:
+    """What a model's parts cost at the least on one device."""
+
+    rows: int
+    block_length: int
+    decode_seconds: float
+    """Of the products of a decode step of `rows` rows."""
+    position_seconds: float
+    """Of the products of one prefilled position, in a full step."""
+    kv_seconds: float
+    """Of reading the KV of one position."""
+
+    @classmethod
+    def measure(cls, config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> "DeviceFloor":
+        """Time products and a large copy on the device, which has to have room for the weights and 2 GiB."""
+        positions = PREFILL_POSITIONS if device.type == "cuda" else rows
+        return cls(
+            rows=rows,
+            block_length=config.block_length,
+            decode_seconds=products_seconds(decode_products(config, rows), device, dtype),
+            position_seconds=products_seconds(prefill_products(config, positions), device, dtype) / positions,
+            kv_seconds=kv_position_bytes(config, dtype) / copy_bandwidth(device),
+        )
+
+    def step(self, context: float) -> float:
+        """Seconds of one decode step of all rows, each at `context` positions."""
+        return self.decode_seconds + self.rows * context * self.kv_seconds
+
+    def tokens_per_second(self, workload: Workload) -> float:
+        """Generated tokens a second with all rows decoding always, at the mean context of the workload.
+
+        The positions of the prompts are products only: attention's arithmetic is not counted.
+        """
+        prompt, answer = (tokens / self.block_length for tokens in (workload.prompt_tokens, workload.answer_tokens))
+        seconds = prompt * self.position_seconds + answer * self.step(prompt + answer / 2) / self.rows
+        return workload.answer_tokens / seconds
 
 
 def step_floor(config: ModelConfig, rows: int, context: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds that one step of `rows` rows at `context` block decoder positions takes at the least.
-
-    Products are timed on the device with random operands of the step's shapes; the KV bytes are divided by the
-    bandwidth of a large copy timed beside them.
-    """
-    products = _block_decoder_products(config, rows) + _token_decoder_products(config, rows)
-    operands = [_operands(shape, device, dtype) for shape in products]
-
-    def run() -> None:
-        for left, right in operands:
-            torch.mm(left, right)
-
-    decoder = config.block_decoder
-    kv_bytes = 2 * decoder.num_layers * decoder.hidden_size * context * rows * dtype.itemsize
-    return _median_seconds(run, device) + kv_bytes / copy_bandwidth(device)
+    """Seconds that one step of `rows` rows at `context` block decoder positions takes at the least."""
+    kv_seconds = kv_position_bytes(config, dtype) * context * rows / copy_bandwidth(device)
+    return products_seconds(decode_products(config, rows), device, dtype) + kv_seconds
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -36,18 +75,54 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / _median_seconds(lambda: target.copy_(source), device)
 
 
-def _decoder_products(decoder: DecoderConfig, batch: int) -> list[tuple[int, int, int]]:
-    """(rows, in, out) of one pass of `batch` positions through a decoder's layers."""
-    hidden, ffn = decoder.hidden_size, decoder.intermediate_size
-    layer = [(batch, hidden, 3 * hidden), (batch, hidden, hidden), (batch, hidden, ffn), (batch, ffn, hidden)]
-    return layer * decoder.num_layers
+def kv_position_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of one position, all layers."""
+    return 2 * config.block_decoder.num_layers * config.block_decoder.hidden_size * dtype.itemsize
 
 
-def _block_decoder_products(config: ModelConfig, rows: int) -> list[tuple[int, int, int]]:
-    return _decoder_products(config.block_decoder, rows)
+def decode_products(config: ModelConfig, rows: int) -> list[Product]:
+    """Of a step that writes a block for each of `rows` rows."""
+    return _decoder_products(config.block_decoder, rows) + _writer_products(config, rows)
 
 
-def _token_decoder_products(config: ModelConfig, rows: int) -> list[tuple[int, int, int]]:
+def prefill_products(config: ModelConfig, positions: int) -> list[Product]:
+    """Of prefilling so many positions; the last layer ends with its keys and values."""
+    return _decoder_products(config.block_decoder, positions)[:-3]
+
+
+def products_seconds(products: Iterable[Product], device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of the products one after another, each with weights of its own."""
+    inputs: dict[tuple[int, int], Tensor] = {}
+    operands = []
+    for rows, inner, columns in products:
+        if (rows, inner) not in inputs:
+            inputs[rows, inner] = torch.randn(rows, inner, device=device, dtype=dtype)
+        operands.append((inputs[rows, inner], torch.randn(inner, columns, device=device, dtype=dtype)))
+
+    def run() -> None:
+        for left, right in operands:
+            torch.mm(left, right)
+
+    return _median_seconds(run if device.type == "cpu" else _captured(run), device)
+
+
+def _captured(run: Callable[[], object]) -> Callable[[], object]:
+    """What replays `run`."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _writer_products(config: ModelConfig, rows: int) -> list[Product]:
+    """Of writing a block, or of a vanilla model a token, from the block decoder's output."""
+    if not isinstance(config, BlockTransformerConfig):
+        return [(rows, config.block_decoder.hidden_size, config.vocab_size)]
     token, hidden = config.token_decoder, config.token_decoder.hidden_size
     expansion = [(rows, config.block_decoder.hidden_size, config.expanded_vectors * hidden)]
     first = config.expanded_vectors if token.strategy == "prefix" else 1
@@ -55,11 +130,11 @@ def _token_decoder_products(config: ModelConfig, rows: int) -> list[tuple[int, i
     return expansion + passes + [(rows, hidden, config.vocab_size)] * config.block_length
 
 
-def _operands(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    rows, inner, columns = shape
-    left = torch.randn(rows, inner, device=device, dtype=dtype)
-    # Weights are stored [out, in]: the product reads them transposed, as the model does.
-    return left, torch.randn(columns, inner, device=device, dtype=dtype).t()
+def _decoder_products(decoder: DecoderConfig, batch: int) -> list[Product]:
+    """Of one pass of `batch` positions through a decoder's layers."""
+    hidden, ffn = decoder.hidden_size, decoder.intermediate_size
+    layer = [(batch, hidden, 3 * hidden), (batch, hidden, hidden), (batch, hidden, ffn), (batch, ffn, hidden)]
+    return layer * decoder.num_layers
 
 
 def _median_seconds(run: Callable[[], object], device: torch.device, repeats: int = 15) -> float:

@@ -1,5 +1,6 @@
-"""Where the time of decode steps goes: the torch profiler's kernels, added up by what they do."""
+"""Where the time of steps goes: the torch profiler's kernels, added up by what they do."""
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,16 +10,21 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.device_waits import counted_waits
+from benchmarks.models import Workload
+from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.types import GenerationRequest
 
+KINDS = ("decode", "prefill")
 PROFILE_STEP_POSITIONS = 1 << 16
 """A large budget: prompts are done with before answers end. What a decode step does does not depend on it."""
-PROFILE_ANSWER_TOKENS = 1024
-"""Answers are at least this long, so that every row decodes before the first one ends."""
 PROFILED_STEPS = 16
+"""Steps that are profiled, and as many before them that are timed without the profiler."""
 STEADY_STEPS = 4
-"""Steps without a change of load after which the batch counts as steady."""
+"""Steps without a change of load after which the batch counts as steady; of prefill, steps that come before."""
+SPARE_STEPS = 8
+"""More steps than are expected to be needed."""
 
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("decode attention", ("_attend_split", "_combine_splits")),
@@ -34,6 +40,8 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Groups and what the names of their kernels or, on the CPU, operators contain; the first that fits counts."""
 OTHER = "other"
+NECESSARY = ("matrix products", "decode attention", "prefill attention")
+"""What the floor consists of: products, and the attention that reads the KV cache."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +55,60 @@ class Profile:
     gaps: float
     span: float
 
+    @property
+    def necessary_share(self) -> float:
+        """Share of matrix products and reading of the KV cache in the time of all kernels."""
+        return sum(self.groups.get(name, 0.0) for name in NECESSARY) / sum(self.groups.values())
 
-def profile_decode(core: EngineCore, requests: list[GenerationRequest], device: torch.device) -> Profile:
-    """Bring all requests to decoding, profile PROFILED_STEPS steps, print the table and drop the requests.
 
-    Raises RuntimeError where answers are too short for the batch to become steady.
+@dataclass(frozen=True)
+class Pace:
+    """Seconds a step takes without the profiler, and how many of them the host works."""
+
+    step: float
+    host: float
+
+
+def decode_workload(workload: Workload, block_length: int, config: EngineConfig) -> Workload:
+    """The middle of a workload's answers: prompts that reach there, and answers that last until all is measured."""
+    prompt = (workload.prompt_tokens + workload.answer_tokens // 2) // block_length
+    prefill_steps = -(-config.max_rows * prompt // (config.max_step_positions - config.max_rows))
+    steps = prefill_steps + STEADY_STEPS + 2 * PROFILED_STEPS + SPARE_STEPS
+    return Workload(workload.name, prompt * block_length, steps * block_length)
+
+
+def prefill_workload(workload: Workload, block_length: int) -> Workload:
+    """A workload's prompts, whose rows leave with their first block: every step prefills as much as it may."""
+    return Workload(workload.name, workload.prompt_tokens, block_length)
+
+
+def prefill_number(workload: Workload, block_length: int, config: EngineConfig) -> int:
+    """Prompts that fill all steps which `profile_steps` takes."""
+    steps = STEADY_STEPS + 2 * PROFILED_STEPS + SPARE_STEPS
+    return -(-steps * config.max_step_positions * block_length // workload.prompt_tokens)
+
+
+def profile_steps(
+    core: EngineCore, requests: list[GenerationRequest], device: torch.device, kind: str = "decode"
+) -> Profile:
+    """Time steps, profile as many, print the table and drop the requests.
+
+    `kind` is one of KINDS: "decode" brings all requests to decoding first. Raises RuntimeError where the answers are
+    too short for the batch to become steady, or where the requests end before the profile.
     """
     core.add([(request.request_id, request) for request in requests])
-    _step_until_steady(core)
+    if kind == "decode":
+        _step_until_steady(core)
+    else:
+        _run_steps(core, STEADY_STEPS)
+    with counted_waits() as waits:
+        started = time.perf_counter()
+        _run_steps(core, PROFILED_STEPS)
+        seconds = time.perf_counter() - started
+    pace = Pace(seconds / PROFILED_STEPS, (seconds - waits.seconds) / PROFILED_STEPS)
     activities = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
-    rows = 0
     with profile(activities=activities) as profiler:
-        for _ in range(PROFILED_STEPS):
-            report = core.step()
-            rows = report.rows if report is not None else rows
+        rows = _run_steps(core, PROFILED_STEPS)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     for request in requests:
@@ -68,7 +116,8 @@ def profile_decode(core: EngineCore, requests: list[GenerationRequest], device: 
     while core.has_work:
         core.step()
     result = _summarise(profiler, device)
-    _show(result, f"{core.info.model}, {rows} rows, prompts of {len(requests[0].prompt_token_ids)} tokens")
+    prompt_tokens = len(requests[0].prompt_token_ids)
+    _show(result, pace, f"{core.info.model}, prompts of {prompt_tokens} tokens, {rows} rows decode, {kind}")
     return result
 
 
@@ -85,6 +134,17 @@ def busy_time(spans: Iterable[tuple[float, float]]) -> float:
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return busy
+
+
+def _run_steps(core: EngineCore, number: int) -> int:
+    """Take so many steps. Returns the rows that decoded in the last."""
+    rows = 0
+    for _ in range(number):
+        if not core.has_work:
+            raise RuntimeError("all answers ended before the steps that are measured: take more or longer requests")
+        report = core.step()
+        rows = rows if report is None else report.rows
+    return rows
 
 
 def _step_until_steady(core: EngineCore) -> None:
@@ -116,8 +176,8 @@ def _summarise(profiler: profile, device: torch.device) -> Profile:
     return Profile(PROFILED_STEPS, dict(groups), dict(others), span - busy_time(spans), span)
 
 
-def _show(result: Profile, title: str) -> None:
-    table = Table("what", "ms a step", "share", title=f"{title}, {result.steps} decode steps")
+def _show(result: Profile, pace: Pace, title: str) -> None:
+    table = Table("what", "ms a step", "share", title=f"{title}, {result.steps} steps")
     for column in table.columns[1:]:
         column.justify = "right"
 
@@ -131,4 +191,8 @@ def _show(result: Profile, title: str) -> None:
                 add(f"  {kernel[:70]}", part)
     add("gaps: nothing runs", result.gaps)
     add("in all", result.span)
+    table.add_section()
+    table.add_row("products and reading KV, of the kernels' time", "", f"{result.necessary_share:.1%}")
+    table.add_row("a step without the profiler", f"{pace.step * 1e3:.3f}", "")
+    table.add_row("  of which the host works", f"{pace.host * 1e3:.3f}", f"{pace.host / pace.step:.1%}")
     Console(width=120).print(table)

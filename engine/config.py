@@ -5,6 +5,8 @@ Torch-free. `ModelConfig.load` and the constructors raise `ConfigError`, whose m
 
 import json
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -90,21 +92,94 @@ class TokenDecoderConfig(DecoderConfig):
         return self
 
 
-class ModelConfig(_Frozen):
-    """config.json of a Block Transformer."""
+class ModelConfig(_Frozen, ABC):
+    """What the engine has to know of a model, whatever its kind.
 
-    model_type: Literal["block_transformer"] = "block_transformer"
+    Every model is a causal decoder over positions, whose keys and values are cached, and a writer that makes
+    `block_length` tokens of its output at a position.
+    """
+
     vocab_size: Size
     block_length: Annotated[int, Field(ge=1, le=64)]
+    """Tokens of a position."""
     max_length: Size
     """Tokens of prompt and answer together."""
     prompt_alignment: PromptAlignment = "left_pad"
     eos_token_id: Annotated[int, Field(ge=0)] = 0
     dtype: DType = "float32"
     """Of the stored weights, and the default for computing with them on a GPU."""
-    embedder: EmbedderConfig
     block_decoder: DecoderConfig
+    """The decoder over positions."""
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the longest request has (what is written last is never embedded)."""
+        return -(-self.max_length // self.block_length)
+
+    @property
+    @abstractmethod
+    def pad_token_id(self) -> int:
+        """Stands in front of prompts that do not fill their first block."""
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The config that a decoded config.json describes. Raises pydantic's ValidationError."""
+
+    @model_validator(mode="after")
+    def _tokens(self) -> Self:
+        if self.eos_token_id >= self.vocab_size:
+            raise ValueError(f"eos_token_id {self.eos_token_id} is outside the vocabulary of {self.vocab_size}")
+        if self.max_length < 2 * self.block_length:
+            raise ValueError(
+                f"max_length {self.max_length} is under two blocks of {self.block_length}: nothing could be generated"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], source: str = "config.json") -> Self:
+        """Validate a decoded config.json of the kind that its `model_type` names.
+
+        Raises ConfigError naming `source` and the field, also where the model is none of this class's kind.
+        """
+        kinds = {name: kind for name, kind in MODEL_KINDS.items() if issubclass(kind, cls)}
+        model_type = data.get("model_type", DEFAULT_MODEL_TYPE)
+        if not isinstance(model_type, str) or model_type not in kinds:
+            allowed = " or ".join(f"'{name}'" for name in kinds)
+            raise ConfigError(f"{source}: model_type: Input should be {allowed} (got {str(model_type)[:80]!r})")
+        try:
+            config = kinds[model_type].from_json(data)
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {describe_validation_error(error)}") from None
+        assert isinstance(config, cls)
+        return config
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read config.json of a model directory. Raises ConfigError if it is missing or cannot be served."""
+        path = directory / "config.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} has to hold a JSON object")
+        return cls.parse(data, source=str(path))
+
+
+class BlockTransformerConfig(ModelConfig):
+    """config.json of a Block Transformer."""
+
+    model_type: Literal["block_transformer"] = "block_transformer"
+    embedder: EmbedderConfig
     token_decoder: TokenDecoderConfig
+
+    @property
+    def pad_token_id(self) -> int:
+        """The embedder's."""
+        return self.embedder.pad_token_id
 
     @property
     def expanded_vectors(self) -> int:
@@ -121,49 +196,124 @@ class ModelConfig(_Frozen):
             return self.expanded_vectors + self.block_length - 1
         return self.block_length
 
-    @property
-    def max_positions(self) -> int:
-        """Block decoder positions that the longest request has (its last block is written but never embedded)."""
-        return -(-self.max_length // self.block_length)
-
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for name, token in (("eos_token_id", self.eos_token_id), ("embedder.pad_token_id", self.embedder.pad_token_id)):
-            if token >= self.vocab_size:
-                raise ValueError(f"{name} {token} is outside the vocabulary of {self.vocab_size}")
+    def _embedder(self) -> Self:
+        if self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"embedder.pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}"
+            )
         concatenated = self.embedder.hidden_size * self.block_length
         if self.embedder.projection == "concat" and concatenated != self.block_decoder.hidden_size:
             raise ValueError(
                 f"embedder.hidden_size x block_length is {concatenated}, but block_decoder.hidden_size is "
                 f'{self.block_decoder.hidden_size}; with embedder.projection "concat" they have to be equal'
             )
-        if self.max_length < 2 * self.block_length:
-            raise ValueError(
-                f"max_length {self.max_length} is under two blocks of {self.block_length}: nothing could be generated"
-            )
         return self
 
     @classmethod
-    def parse(cls, data: dict[str, Any], source: str = "config.json") -> Self:
-        """Validate a decoded config.json. Raises ConfigError naming `source` and the field."""
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise ConfigError(f"{source}: {describe_validation_error(error)}") from None
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The file holds the fields of this class."""
+        return cls.model_validate(data)
+
+
+class RopeParameters(_Frozen):
+    """`rope_parameters` of Hugging Face's config.json; rotary embeddings of other types are not served."""
+
+    rope_type: Literal["default"] = "default"
+    type: Literal["default"] = "default"
+    rope_theta: float | None = None
+    partial_rotary_factor: float | None = None
+
+
+class GPTNeoXFile(_Frozen):
+    """What Hugging Face's config.json of a GPT-NeoX model says of its computation; its many other fields are ignored.
+
+    Fields that have one value here are there to refuse any other: it would change what the model computes.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    intermediate_size: Size
+    max_position_embeddings: Annotated[int, Field(ge=2, le=1 << 31)]
+    eos_token_id: Annotated[int, Field(ge=0)]
+    layer_norm_eps: float = 1e-5
+    hidden_act: Literal["gelu"] = "gelu"
+    """Of erf, not one of its approximations."""
+    use_parallel_residual: Literal[True] = True
+    attention_bias: Literal[True] = True
+    tie_word_embeddings: Literal[False] = False
+    quantization_config: None = None
+    dtype: DType | None = None
+    torch_dtype: DType | None = None
+    rotary_pct: float | None = None
+    rotary_emb_base: float | None = None
+    partial_rotary_factor: float | None = None
+    rope_theta: float | None = None
+    rope_parameters: RopeParameters | None = None
+    rope_scaling: RopeParameters | None = None
+
+    @property
+    def rotary_pct_given(self) -> float:
+        """Part of each head that is rotated: versions of the library write it in different places."""
+        return next(iter(self._given("rotary_pct", "partial_rotary_factor")), 0.25)
+
+    @property
+    def rotary_base_given(self) -> float:
+        """Base of the rotary frequencies: versions of the library write it in different places."""
+        return next(iter(self._given("rotary_emb_base", "rope_theta")), 10000.0)
+
+    @model_validator(mode="after")
+    def _one_rotary_embedding(self) -> Self:
+        for names in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
+            if len(given := self._given(*names)) > 1:
+                raise ValueError(f"{names[0]}, or {names[1]}, has several values: {sorted(given)}")
+        return self
+
+    def _given(self, name: str, newer_name: str) -> set[float]:
+        places = (self.rope_parameters, self.rope_scaling)
+        values = [getattr(self, name), getattr(self, newer_name)] + [getattr(rope, newer_name, None) for rope in places]
+        return {value for value in values if value is not None}
+
+
+class VanillaConfig(ModelConfig):
+    """An ordinary GPT-NeoX transformer: a position is a token, and the block decoder is all of its layers."""
+
+    block_length: Literal[1] = 1
+
+    @property
+    def pad_token_id(self) -> int:
+        """No prompt needs one: a token fills its block."""
+        return self.eos_token_id
 
     @classmethod
-    def load(cls, directory: Path) -> Self:
-        """Read config.json of a model directory. Raises ConfigError if it is missing or cannot be served."""
-        path = directory / "config.json"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(data, dict):
-            raise ConfigError(f"{path} has to hold a JSON object")
-        return cls.parse(data, source=str(path))
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The file is that of Hugging Face's GPTNeoXForCausalLM."""
+        file = GPTNeoXFile.model_validate(data)
+        decoder = DecoderConfig(
+            num_layers=file.num_hidden_layers,
+            hidden_size=file.hidden_size,
+            num_heads=file.num_attention_heads,
+            intermediate_size=file.intermediate_size,
+            rotary_pct=file.rotary_pct_given,
+            rotary_base=file.rotary_base_given,
+            layer_norm_eps=file.layer_norm_eps,
+        )
+        return cls(
+            vocab_size=file.vocab_size,
+            max_length=file.max_position_embeddings,
+            eos_token_id=file.eos_token_id,
+            dtype=file.dtype or file.torch_dtype or "float32",
+            block_decoder=decoder,
+        )
+
+
+MODEL_KINDS: Mapping[str, type[ModelConfig]] = {"block_transformer": BlockTransformerConfig, "gpt_neox": VanillaConfig}
+"""By the `model_type` of config.json."""
+DEFAULT_MODEL_TYPE = "block_transformer"
 
 
 class EngineConfig(_Frozen):

@@ -18,7 +18,8 @@ from engine.decode_step import DecodeStep
 from engine.deltas import StepDeltas
 from engine.graphs import DecodeGraphs
 from engine.kv_cache import KVCache, KVLayout, free_memory, plan_pages
-from engine.model.block_transformer import BlockTransformer
+from engine.model.build import build_model
+from engine.model.model import Model
 from engine.page_pool import PagePool
 from engine.rehearsal import activation_bytes
 from engine.runner import Runner, StepInFlight
@@ -52,11 +53,15 @@ class EngineCore:
         *,
         name: str,
         config: EngineConfig,
-        model: BlockTransformer,
+        model: Model,
         kernels: Kernels,
         clock: Callable[[], float] = time.monotonic,
+        make_pool: Callable[[int], PagePool] = PagePool,
     ) -> None:
-        """Allocates the caches. Raises ConfigError if not one request of maximum length fits."""
+        """Allocates the caches. Raises ConfigError if not one request of maximum length fits.
+
+        `make_pool` gets the number of pages; a benchmark hands them out in another order.
+        """
         self._clock = clock
         self._config = config
         self._model_config = model.config
@@ -66,7 +71,7 @@ class EngineCore:
         activations = activation_bytes(build, layout, config)
         pages = plan_pages(layout, model.config, config, free_memory(device), activations)
         cache = KVCache.allocate(layout, pages, device)
-        self._pool = PagePool(cache.pages)
+        self._pool = make_pool(cache.pages)
         self._scheduler = Scheduler(
             pool=self._pool,
             max_rows=config.max_rows,
@@ -106,7 +111,9 @@ class EngineCore:
         else:
             tensors = random_weights(model_config, dtype, device, random_seed)
         kernels = select_kernels(device)
-        model = BlockTransformer(model_config, tensors, kernels)
+        model = build_model(model_config, tensors, kernels)
+        # Most of them are held a second time, transposed: the memory is the KV cache's.
+        del tensors
         return cls(name=name, config=config, model=model, kernels=kernels)
 
     @property
@@ -181,11 +188,11 @@ class EngineCore:
         validate_request(token_ids, request.params, vocab_size=model.vocab_size, max_length=model.max_length)
         if request.params.seed is None:
             raise InvalidRequestError("seed", "seed is missing: whoever submits a request to an engine draws one")
-        prompt = align_prompt(token_ids, model.block_length, model.prompt_alignment, model.embedder.pad_token_id)
+        prompt = align_prompt(token_ids, model.block_length, model.prompt_alignment, model.pad_token_id)
         return Sequence(key=key, request=request, prompt=prompt, arrival=now, block_length=model.block_length)
 
 
-def _runner(config: EngineConfig, model: BlockTransformer, kernels: Kernels, cache: KVCache) -> Runner:
+def _runner(config: EngineConfig, model: Model, kernels: Kernels, cache: KVCache) -> Runner:
     device = torch.device(config.device)
     staging = Staging(device)
     tables = BatchTables(

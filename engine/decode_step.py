@@ -6,7 +6,7 @@ from torch import Tensor
 from engine.batch_tables import BatchTables
 from engine.kv_cache import KVCache
 from engine.model.block_decoder import DecodeBatch
-from engine.model.block_transformer import BlockTransformer
+from engine.model.model import Model
 from kernels.dispatch import Kernels
 
 
@@ -16,9 +16,7 @@ class DecodeStep:
     Nothing in it waits for the device or depends on a value there, so a CUDA graph can hold it.
     """
 
-    def __init__(
-        self, model: BlockTransformer, kernels: Kernels, cache: KVCache, tables: BatchTables, max_rows: int
-    ) -> None:
+    def __init__(self, model: Model, kernels: Kernels, cache: KVCache, tables: BatchTables, max_rows: int) -> None:
         self._model = model
         self._kernels = kernels
         self._cache = cache

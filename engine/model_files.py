@@ -1,6 +1,7 @@
 """Where a model's files are: the embedded default, a directory, or a model id of the Hugging Face hub. Torch-free."""
 
 from pathlib import Path
+from threading import Thread
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -9,6 +10,9 @@ from engine.config import ConfigError
 
 DEFAULT_MODEL = "blockserve-stories"
 """The name of the embedded model."""
+
+READ_AHEAD_THREADS = 4
+READ_AHEAD_BYTES = 1 << 24
 
 _PATTERNS = ["*.json", "*.safetensors"]
 
@@ -41,6 +45,38 @@ def model_name(model: str | None) -> str:
         return DEFAULT_MODEL
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model
+
+
+def read_ahead(directory: Path) -> list[Thread]:
+    """Have the weights of a directory read into the system's file cache while the caller does something else.
+
+    Who imports torch meanwhile, which takes seconds, then finds them there. Returns the threads that read; nobody has
+    to wait for them, and what they cannot read is left to whoever needs it.
+    """
+    parts = [
+        (path, start)
+        for path in sorted(directory.glob("*.safetensors"))
+        if path.is_file()
+        for start in range(0, path.stat().st_size, READ_AHEAD_BYTES)
+    ]
+    threads = [
+        Thread(target=_read_parts, args=(parts[place::READ_AHEAD_THREADS],), name="read-ahead", daemon=True)
+        for place in range(READ_AHEAD_THREADS)
+    ]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def _read_parts(parts: list[tuple[Path, int]]) -> None:
+    buffer = bytearray(READ_AHEAD_BYTES)
+    for path, start in parts:
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(start)
+                file.readinto(buffer)
+        except OSError:
+            return
 
 
 def _download(model: str) -> Path:

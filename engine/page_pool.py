@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 
 
 class OutOfPagesError(Exception):
@@ -15,11 +16,17 @@ class PagePool:
     released it.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, order: Seq[int] | None = None) -> None:
+        """`order` is the one in which pages are handed out at first, by default ascending.
+
+        Raises ValueError where it is no permutation of the pages.
+        """
         if capacity < 1:
             raise ValueError(f"a pool needs at least one page, not {capacity}")
         self.capacity = capacity
-        self._free = list(range(capacity, 0, -1))
+        self._free = list(range(capacity, 0, -1)) if order is None else list(reversed(order))
+        if order is not None and sorted(order) != list(range(1, capacity + 1)):
+            raise ValueError(f"the order has to name each of the pages 1..{capacity} once")
         self._holders = [0] * (capacity + 1)
 
     @property

@@ -21,7 +21,7 @@ from engine.decode_step import DecodeStep
 from engine.graphs import DecodeGraphs
 from engine.kv_cache import NULL_PAGE, KVCache
 from engine.model.block_decoder import PrefillBatch
-from engine.model.block_transformer import BlockTransformer
+from engine.model.model import Model
 from engine.out_of_memory import is_out_of_memory
 from engine.row_table import Flags, Int32
 from engine.sequence import Sequence
@@ -85,7 +85,7 @@ class Runner:
     def __init__(
         self,
         *,
-        model: BlockTransformer,
+        model: Model,
         decode: DecodeStep,
         graphs: DecodeGraphs | None,
         cache: KVCache,

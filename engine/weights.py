@@ -6,6 +6,7 @@ Everything that can be wrong with a model directory is found by reading headers,
 import json
 import logging
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,15 +14,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.config import ConfigError, DecoderConfig, ModelConfig
+from engine.config import BlockTransformerConfig, ConfigError, DecoderConfig, ModelConfig
 
+CPU = torch.device("cpu")
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 STORED_DTYPES = ("F32", "BF16", "F16")
+READERS = 8
+"""Tensors that are read at once."""
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth")
 STRAYS = re.compile(
     r"block_decoder\.gpt_neox\.embed_in\.weight"
-    r"|(block|token)_decoder\.gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
+    r"|((block|token)_decoder\.)?gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
 )
 """Tensors that checkpoints are known to hold and that no computation reads."""
 
@@ -33,7 +37,62 @@ class WeightsError(ConfigError):
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the model needs, named as the reference's checkpoints name them."""
+    """Name and shape of every tensor that the model needs, named as checkpoints of its kind name them."""
+    if isinstance(config, BlockTransformerConfig):
+        return _block_transformer_shapes(config)
+    return _vanilla_shapes(config)
+
+
+def load_weights(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Read the weights that `config` needs from `model.safetensors`, or from the shards that its index lists.
+
+    Stored float32, bfloat16 and float16 are converted to `dtype`. Tensors that the model does not use are logged by
+    name. Raises WeightsError where a file or tensor is missing, damaged, of another shape or type, or holds NaN or
+    infinity.
+    """
+    expected = expected_shapes(config)
+    with ExitStack() as stack:
+        files = [(path, stack.enter_context(_open(path))) for path in _find_files(directory)]
+        where = _check_headers(files, expected, directory)
+
+        def read(name: str) -> tuple[Tensor, Tensor]:
+            _, handle = files[where[name]]
+            return _convert(handle.get_tensor(name), dtype, device)
+
+        # A read waits for the disk, or copies: other threads go on meanwhile.
+        with ThreadPoolExecutor(READERS) as readers:
+            converted = dict(zip(expected, readers.map(read, expected), strict=True))
+        # One wait for the device, and not one a tensor.
+        finite = torch.stack([flag for _, flag in converted.values()]).tolist()
+        for name, good in zip(converted, finite, strict=True):
+            if not good:
+                path, handle = files[where[name]]
+                raise _not_finite(handle.get_tensor(name), dtype, name, path)
+    return {name: tensor for name, (tensor, _) in converted.items()}
+
+
+def random_weights(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int, drawn_on: torch.device = CPU
+) -> dict[str, Tensor]:
+    """Weights as before training: normal (std 0.02) matrices, zero biases, unit norms.
+
+    They do not depend on `device`, but on where they are drawn: a GPU takes a hundredth of a CPU's time for it.
+    """
+    generator = torch.Generator(drawn_on).manual_seed(seed)
+    tensors = {}
+    for name, shape in expected_shapes(config).items():
+        if name.endswith(".bias"):
+            tensor = torch.zeros(shape)
+        elif "layernorm" in name or "layer_norm" in name:
+            tensor = torch.ones(shape)
+        else:
+            tensor = torch.empty(shape, device=drawn_on).normal_(std=0.02, generator=generator)
+        tensors[name] = tensor.to(device, dtype)
+    return tensors
+
+
+def _block_transformer_shapes(config: BlockTransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Named as the reference's checkpoints name them."""
     vocab, length = config.vocab_size, config.block_length
     width, token_width = config.block_decoder.hidden_size, config.token_decoder.hidden_size
     expanded = config.expanded_vectors * token_width
@@ -51,37 +110,11 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def load_weights(directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Read the weights that `config` needs from `model.safetensors`, or from the shards that its index lists.
-
-    Stored float32, bfloat16 and float16 are converted to `dtype`. Tensors that the model does not use are logged by
-    name. Raises WeightsError where a file or tensor is missing, damaged, of another shape or type, or holds NaN or
-    infinity.
-    """
-    expected = expected_shapes(config)
-    with ExitStack() as stack:
-        files = [(path, stack.enter_context(_open(path))) for path in _find_files(directory)]
-        where = _check_headers(files, expected, directory)
-        tensors = {}
-        for name in expected:
-            path, handle = files[where[name]]
-            tensors[name] = _convert(handle.get_tensor(name), dtype, device, name, path)
-    return tensors
-
-
-def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Tensor]:
-    """Weights as before training: normal (std 0.02) matrices, zero biases, unit norms. The same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, shape in expected_shapes(config).items():
-        if name.endswith(".bias"):
-            tensor = torch.zeros(shape)
-        elif "layernorm" in name or "layer_norm" in name:
-            tensor = torch.ones(shape)
-        else:
-            tensor = torch.empty(shape).normal_(std=0.02, generator=generator)
-        tensors[name] = tensor.to(device, dtype)
-    return tensors
+def _vanilla_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Named as Hugging Face's GPTNeoXForCausalLM names them."""
+    table = (config.vocab_size, config.block_decoder.hidden_size)
+    layers = _decoder_shapes(config.block_decoder, "gpt_neox")
+    return {"gpt_neox.embed_in.weight": table} | layers | {"embed_out.weight": table}
 
 
 def _decoder_shapes(config: DecoderConfig, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -176,16 +209,19 @@ def _check_headers(
     return where
 
 
-def _convert(stored: Tensor, dtype: torch.dtype, device: torch.device, name: str, path: Path) -> Tensor:
-    """A copy that does not depend on the file any more."""
+def _convert(stored: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A copy that does not depend on the file any more, and whether all of it is finite ([], not waited for)."""
     tensor = stored.to(device=device, dtype=dtype, copy=True)
-    if not bool(tensor.isfinite().all()):
-        if bool(stored.isfinite().all()):
-            raise WeightsError(
-                f"{path}: {name} does not fit in {str(dtype).removeprefix('torch.')}; serve with another dtype"
-            )
-        raise WeightsError(f"{path}: {name} holds NaN or infinity")
-    return tensor
+    return tensor, tensor.isfinite().all()
+
+
+def _not_finite(stored: Tensor, dtype: torch.dtype, name: str, path: Path) -> WeightsError:
+    """What is wrong with a tensor that is not finite as `dtype`."""
+    if bool(stored.isfinite().all()):
+        return WeightsError(
+            f"{path}: {name} does not fit in {str(dtype).removeprefix('torch.')}; serve with another dtype"
+        )
+    return WeightsError(f"{path}: {name} holds NaN or infinity")
 
 
 def _some(names: list[str], most: int = 8) -> str:

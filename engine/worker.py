@@ -35,6 +35,7 @@ from engine.messages import (
 )
 from engine.meter import EngineMeter
 from engine.metrics import MetricsRecorder
+from engine.model_files import read_ahead
 from engine.process_config import EngineProcessConfig, read_process_config
 from engine.scheduler import QueueFullError
 from engine.sequence import Sequence
@@ -204,6 +205,9 @@ def report_status(worker: EngineWorker, control: ControlChannel, stop: threading
 
 
 def _load_core(config: EngineProcessConfig) -> "EngineCore":
+    directory = Path(config.model)
+    if config.random_seed is None:
+        read_ahead(directory)
     # torch takes seconds to import: the control channel has to be up before that, so that a supervisor that dies
     # meanwhile is noticed.
     import torch
@@ -214,7 +218,6 @@ def _load_core(config: EngineProcessConfig) -> "EngineCore":
     # A core is left to the front end: where both want the same one, each step waits at every product for a thread that
     # does not run, ten times as long as the step takes.
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) - 1))
-    directory = Path(config.model)
     engine_config = resolve_options(config.options, ModelConfig.load(directory))
     return EngineCore.load(config.name, directory, engine_config, config.random_seed)
 

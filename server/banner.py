@@ -13,8 +13,9 @@ FIRST_PROMPT = "Once upon a time"
 def start_banner(info: EngineInfo, name: str, version: str, url: str, *, needs_key: bool = False) -> str:
     """Lines with model, device, capacity and address, and a first request to paste into a shell."""
     pages = f"{info.pages:,} pages of {info.page_size} positions"
+    writes = f"{info.block_length} tokens a block" if info.block_length > 1 else "token by token"
     rows = (
-        ("model", f"{name} ({_count(info.parameters)} parameters, {info.block_length} tokens a block)"),
+        ("model", f"{name} ({_count(info.parameters)} parameters, {writes})"),
         ("length", f"{info.max_length:,} tokens of prompt and answer"),
         ("device", f"{info.device}, {info.dtype}"),
         ("KV cache", f"{info.kv_capacity_tokens:,} tokens in {pages}, {info.kv_bytes / 2**20:,.0f} MiB"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.soak.traffic import Answer, Ask
 from engine.alignment import align_prompt
 from engine.config import ModelConfig
-from engine.model.naive import NaiveBlockTransformer
+from engine.model.naive import naive_model
 from kernels.sampler import SamplingTables, perturbed_scores
 
 
@@ -37,7 +37,7 @@ class Oracle:
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
         self._config = config
-        self._naive = NaiveBlockTransformer(config, tensors)
+        self._naive = naive_model(config, tensors)
 
     def compare(self, ask: Ask, first: Answer, second: Answer) -> Difference:
         """How two unequal answers differ."""
@@ -54,7 +54,7 @@ class Oracle:
         """Perturbed scores [V] of the token that follows the prompt and `before`."""
         config = self._config
         length = config.block_length
-        prompt = align_prompt(ask.prompt, length, config.prompt_alignment, config.embedder.pad_token_id)
+        prompt = align_prompt(ask.prompt, length, config.prompt_alignment, config.pad_token_id)
         tokens = [*prompt.blocks.ravel().tolist(), *prompt.forced, *before]
         whole = len(tokens) // length * length
         blocks = torch.tensor(tokens[:whole]).view(1, -1, length)

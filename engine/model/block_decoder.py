@@ -1,4 +1,7 @@
-"""The block decoder: a causal transformer over block embeddings, its keys and values in pages (paper section 2.2)."""
+"""The block decoder: a causal transformer over block embeddings, its keys and values in pages (paper section 2.2).
+
+All the layers of a vanilla model are one, over blocks of one token.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,10 +49,11 @@ class PrefillBatch:
 class BlockDecoder:
     """Reads and writes a paged cache: `keys` and `values`, [layers, pages, heads, page_size, D] each."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], name: str, kernels: Kernels) -> None:
+        """Weights are those that `tensors` holds under `name`, for example "block_decoder.gpt_neox"."""
         decoder = config.block_decoder
         self._kernels = kernels
-        self._stack = LayerStack(decoder, tensors, "block_decoder.gpt_neox", kernels)
+        self._stack = LayerStack(decoder, tensors, name, kernels)
         self._scale = decoder.head_size**-0.5
         device = self._stack.final_norm.weight.device
         self._rotary = rotary_table(config.max_positions, decoder.rotary_dims, decoder.rotary_base, device)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from engine.config import ModelConfig
+from engine.config import BlockTransformerConfig
 from engine.model.layers import Linear
 from kernels.dispatch import Kernels
 
@@ -12,14 +12,21 @@ from kernels.dispatch import Kernels
 class Embedder:
     """Token vectors side by side; with a projection layer, a convolution over them that is as long as the block."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], kernels: Kernels) -> None:
+    def __init__(self, table: Tensor, kernels: Kernels, projection: Linear | None = None) -> None:
+        """table: [V, E]. `projection` takes a block's vectors side by side: weight [L * E, H]."""
+        self._table = table
         self._kernels = kernels
-        self._table = tensors["embedder.embeddings.weight"]
-        self._projection: Linear | None = None
+        self._projection = projection
+
+    @classmethod
+    def of(cls, config: BlockTransformerConfig, tensors: Mapping[str, Tensor], kernels: Kernels) -> "Embedder":
+        """The embedder of a Block Transformer's checkpoint."""
+        projection: Linear | None = None
         if config.embedder.projection == "projection_layer":
             weight = tensors["embedder.projection_layer.weight"]  # [H, E, L]
             by_token = weight.permute(2, 1, 0).flatten(0, 1).contiguous()  # [L * E, H]
-            self._projection = Linear(by_token, tensors["embedder.projection_layer.bias"])
+            projection = Linear(by_token, tensors["embedder.projection_layer.bias"])
+        return cls(tensors["embedder.embeddings.weight"], kernels, projection)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [N, L] -> [N, H]. Masks play no part: a pad contributes the vector of its id."""

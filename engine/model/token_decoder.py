@@ -1,33 +1,22 @@
 """The token decoder: writes a block, token by token, from its context embedding (paper section 2.3)."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.config import ModelConfig
+from engine.config import BlockTransformerConfig
 from engine.model.layers import LayerStack, Linear
+from engine.model.writer import Choose, Scratch
 from kernels.dispatch import Kernels
 from kernels.rotary import rotary_table
-
-Choose = Callable[[Tensor, int], Tensor]
-"""(logits [R, V], place in the block) -> tokens [R]."""
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """Keys and values of blocks being written, [layers, rows, heads, positions, D] each; every step overwrites them."""
-
-    keys: Tensor
-    values: Tensor
 
 
 class TokenDecoder:
     """A small causal transformer that sees a context embedding and the tokens of one block, nothing else."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], kernels: Kernels) -> None:
+    def __init__(self, config: BlockTransformerConfig, tensors: Mapping[str, Tensor], kernels: Kernels) -> None:
         decoder = config.token_decoder
         self._config = config
         self._kernels = kernels

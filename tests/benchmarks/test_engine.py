@@ -7,24 +7,19 @@ import pytest
 import torch
 
 from benchmarks.device_waits import counted_waits
-from benchmarks.engine import engine_config, loaded_core, make_requests, measure_model, parse, run_requests, show
-from benchmarks.models import WORKLOADS, BenchmarkModel, Workload
-from benchmarks.profile import busy_time, group_of, profile_decode
-from engine.config import ModelConfig
-
-TINY = ModelConfig.parse(
-    {
-        "vocab_size": 64,
-        "block_length": 4,
-        "max_length": 256,
-        "embedder": {"hidden_size": 8},
-        "block_decoder": {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64},
-        "token_decoder": {
-            "num_layers": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "prefix_length": 2,
-        },
-    }
-)  # fmt: skip
-MODEL = BenchmarkModel("tiny", TINY, rows=4, floors={"D": 1})
+from benchmarks.engine import measure_model, parse, profile_model, show
+from benchmarks.harness import engine_config, loaded_core, make_requests, run_requests
+from benchmarks.models import WORKLOADS, Workload
+from benchmarks.profile import (
+    Profile,
+    busy_time,
+    decode_workload,
+    group_of,
+    prefill_number,
+    prefill_workload,
+    profile_steps,
+)
+from tests.benchmarks.tiny import MODEL, TINY
 
 
 @pytest.fixture
@@ -40,7 +35,7 @@ def test_a_row_has_the_form_of_a_result(arguments: argparse.Namespace, capsys: p
     for row, answer_tokens in zip(rows, (8, 42), strict=True):
         assert row.keys() >= {
             "bench", "model", "workload", "dtype", "device", "devices", "requests", "rows", "tok_s", "floor_tok_s",
-            "seconds", "commit", "torch", "triton", "date", "steps", "host_ms_per_step", "preemptions",
+            "seconds", "commit", "torch", "triton", "date", "steps", "host_ms_per_step", "preemptions", "sampling",
         }  # fmt: skip
         assert (row["bench"], row["model"], row["device"], row["requests"]) == ("engine", "tiny", "cpu", 8)
         assert row["tok_s"] * row["seconds"] == pytest.approx(8 * answer_tokens)
@@ -58,6 +53,26 @@ def test_a_row_has_the_form_of_a_result(arguments: argparse.Namespace, capsys: p
 def test_quick_halves_the_requests(arguments: argparse.Namespace) -> None:
     arguments.quick = True
     assert [row["requests"] for row in measure_model(MODEL, arguments)] == [4, 4]
+
+
+def test_sampled_answers_are_measured_and_recorded(arguments: argparse.Namespace) -> None:
+    arguments.sampling = "top"
+    rows = list(measure_model(MODEL, arguments))
+    assert [row["sampling"] for row in rows] == ["top", "top"]
+    (request,) = make_requests(Workload("P", 12, 4), 1, vocab_size=64, sampling="top")
+    assert (request.params.temperature, request.params.top_k, request.params.top_p) == (0.8, 50, 0.9)
+
+
+def test_a_floor_measured_here_stands_in_for_the_known_one(
+    arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.floor.copy_bandwidth", lambda device: 1e9)
+    arguments.floor, arguments.workloads = True, ["D"]
+    rows = list(measure_model(MODEL, arguments))
+    assert rows[0]["floor_measured_here"]
+    assert rows[0]["floor_tok_s"] > 0
+    show(rows)
+    assert "(here)" in capsys.readouterr().out
 
 
 def test_prompts_differ_and_are_the_same_every_time() -> None:
@@ -80,23 +95,55 @@ def test_an_engine_short_of_pages_reports_its_preemptions(arguments: argparse.Na
     assert run.tokens == 8 * 240
 
 
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_a_profile_accounts_for_the_whole_span(
-    arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str]
+    kind: str, arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = engine_config(MODEL, arguments, max_waiting=64)
+    config = engine_config(MODEL, arguments, max_waiting=1024)
     with loaded_core(MODEL, config) as core:
-        requests = make_requests(Workload("D", 16, 200), 4, TINY.vocab_size)
-        result = profile_decode(core, requests, torch.device("cpu"))
+        if kind == "decode":
+            requests = make_requests(Workload("D", 16, 200), 4, TINY.vocab_size)
+        else:
+            workload = prefill_workload(Workload("P", 66, 8), TINY.block_length)
+            requests = make_requests(workload, prefill_number(workload, 4, config), TINY.vocab_size)
+        result = profile_steps(core, requests, torch.device("cpu"), kind)
         assert not core.has_work
     assert result.groups["matrix products"] > 0
+    assert 0 < result.necessary_share < 1
     assert sum(result.groups.values()) + result.gaps == pytest.approx(result.span, rel=0.01)
-    assert "matrix products" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "matrix products" in printed
+    assert "of which the host works" in printed
+
+
+def test_products_and_the_reading_of_kv_are_what_a_step_cannot_do_without() -> None:
+    groups = {"matrix products": 6.0, "decode attention": 2.0, "sampler": 1.0, "norms": 1.0}
+    assert Profile(1, groups, {}, 0.0, 10.0).necessary_share == 0.8
+
+
+def test_decode_steps_are_profiled_in_the_middle_of_answers(
+    arguments: argparse.Namespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = engine_config(MODEL, arguments, max_waiting=1)
+    workload = decode_workload(Workload("D", 8, 42), TINY.block_length, config)
+    assert workload.prompt_tokens == 28
+    # A budget of 32 positions, four of them decodes, takes a step for each row's 7 blocks.
+    assert workload.answer_tokens == 4 * (1 + 4 + 32 + 8)
+    arguments.profile, arguments.workloads = "decode", ["D"]
+    profile_model(MODEL, arguments)
+    assert "prompts of 28 tokens, 4 rows decode" in " ".join(capsys.readouterr().out.split())
+
+
+def test_prompts_too_few_for_a_profile_are_refused(arguments: argparse.Namespace) -> None:
+    config = engine_config(MODEL, arguments, max_waiting=64)
+    with loaded_core(MODEL, config) as core, pytest.raises(RuntimeError, match="ended before the steps"):
+        profile_steps(core, make_requests(Workload("P", 8, 4), 4, TINY.vocab_size), torch.device("cpu"), "prefill")
 
 
 def test_answers_too_short_for_a_profile_are_refused(arguments: argparse.Namespace) -> None:
     config = engine_config(MODEL, arguments, max_waiting=64)
     with loaded_core(MODEL, config) as core, pytest.raises(RuntimeError, match="before every row was decoding"):
-        profile_decode(core, make_requests(Workload("D", 8, 4), 4, TINY.vocab_size), torch.device("cpu"))
+        profile_steps(core, make_requests(Workload("D", 8, 4), 4, TINY.vocab_size), torch.device("cpu"))
 
 
 def test_overlapping_spans_are_counted_once() -> None:

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from benchmarks.models import MODELS, WORKLOADS
+from benchmarks.models import CONTROLS, MODELS, WORKLOADS, BenchmarkModel
+from engine.config import BlockTransformerConfig
 from engine.kv_cache import KVLayout
 from engine.weights import expected_shapes
 
@@ -14,6 +15,9 @@ from engine.weights import expected_shapes
         ("block-1.2B", 24_576, 1_210_000_000),
         ("block-302M", 12_288, 302_000_000),
         ("block-85M", 4_608, 85_000_000),
+        ("vanilla-302M", 98_304, 302_000_000),
+        ("vanilla-85M", 36_864, 85_000_000),
+        ("vanilla-19M", 12_288, 18_900_000),
     ],
 )
 def test_the_shapes_are_those_of_the_paper(name: str, kv_bytes: int, parameters: int) -> None:
@@ -26,9 +30,27 @@ def test_the_shapes_are_those_of_the_paper(name: str, kv_bytes: int, parameters:
 
 
 def test_decoders_have_the_heads_of_the_paper() -> None:
-    heads = {name: model.config.block_decoder.head_size for name, model in MODELS.items()}
-    assert heads == {"block-1.2B": 128, "block-302M": 64, "block-85M": 64}
-    assert all(model.config.token_decoder.head_size == heads[name] for name, model in MODELS.items())
+    heads = {name: model.config.block_decoder.num_heads for name, model in MODELS.items()}
+    assert heads == {
+        "block-1.2B": 16, "block-302M": 16, "block-85M": 12, "vanilla-302M": 16, "vanilla-85M": 12, "vanilla-19M": 8,
+    }  # fmt: skip
+    for model in MODELS.values():
+        if isinstance(model.config, BlockTransformerConfig):
+            assert model.config.token_decoder.num_heads == model.config.block_decoder.num_heads
+
+
+def test_every_block_model_has_a_control() -> None:
+    kinds = {name: isinstance(model.config, BlockTransformerConfig) for name, model in MODELS.items()}
+    assert set(CONTROLS) == {name for name, is_block in kinds.items() if is_block}
+    assert set(CONTROLS.values()) == {name for name, is_block in kinds.items() if not is_block}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_a_full_batch_of_decode_heavy_requests_fits_the_card(model: BenchmarkModel) -> None:
+    workload = WORKLOADS["D"]
+    positions = -(-(workload.prompt_tokens + workload.answer_tokens) // model.config.block_length)
+    position_bytes = KVLayout.of(model.config.block_decoder, 16, torch.bfloat16).page_bytes // 16
+    assert model.rows * positions * position_bytes < 120e9
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -18,7 +18,7 @@ from benchmarks.soak.oracle import Difference, Oracle
 from benchmarks.soak.traffic import Answer, Ask, Capacity, Sample, Tally, asks
 from benchmarks.soak.watch import ProcessState, Snapshot, grown, growth, leaks, processes_of
 from engine.config import ModelConfig
-from engine.model.naive import NaiveBlockTransformer
+from engine.model.naive import naive_model
 from engine.tokenizer import Tokenizer
 from engine.types import SamplingParams
 from tests.engine.helpers import GOLDEN, golden_tensors
@@ -74,7 +74,7 @@ def test_a_sample_is_of_everything_offered(ask: Ask) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_oracle_scores_as_the_naive_model_generates(oracle: Oracle, ask: Ask, temperature: float) -> None:
     ask = replace(ask, temperature=temperature)
-    naive = NaiveBlockTransformer(ModelConfig.load(GOLDEN / VARIANT), golden_tensors(VARIANT))
+    naive = naive_model(ModelConfig.load(GOLDEN / VARIANT), golden_tensors(VARIANT))
     params = SamplingParams(max_tokens=12, temperature=temperature, seed=ask.seed, ignore_eos=True)
     answer = naive.generate(ask.prompt, params)
     for place, token in enumerate(answer.token_ids):

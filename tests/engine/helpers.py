@@ -10,8 +10,8 @@ from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig, PromptAlignment
 from engine.core import EngineCore
-from engine.model.block_transformer import BlockTransformer
-from engine.model.naive import NaiveAnswer, NaiveBlockTransformer
+from engine.model.build import build_model
+from engine.model.naive import NaiveAnswer, naive_model
 from engine.types import GenerationRequest
 from engine.weights import load_weights
 from kernels.dispatch import Kernels, select_kernels
@@ -21,6 +21,9 @@ CPU = torch.device("cpu")
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 MAX_POSITIONS = 32
+"""Of block models."""
+MIN_LENGTH = 128
+"""Tokens that the longest of the golden generations, and of the tests' requests, fit in."""
 TIE = 1e-4
 """design: a first differing token is accepted only where the oracle's two best scores lie this close."""
 
@@ -46,7 +49,7 @@ class GoldenModel:
         update = {
             "prompt_alignment": self.alignment,
             "eos_token_id": self.eos_token_id,
-            "max_length": MAX_POSITIONS * config.block_length,
+            "max_length": max(MAX_POSITIONS * config.block_length, MIN_LENGTH),
         }
         return config.model_copy(update=update)
 
@@ -59,12 +62,12 @@ class GoldenModel:
         kernels = kernels or select_kernels(device)
         weights = golden_tensors(self.variant) if tensors is None else tensors
         tensors = {name: tensor.to(device) for name, tensor in weights.items()}
-        model = BlockTransformer(self.config, tensors, kernels)
+        model = build_model(self.config, tensors, kernels)
         return EngineCore(name=self.variant, config=config, model=model, kernels=kernels)
 
     def oracle(self, request: GenerationRequest) -> NaiveAnswer:
         """The naive model's answer."""
-        naive = NaiveBlockTransformer(self.config, golden_tensors(self.variant))
+        naive = naive_model(self.config, golden_tensors(self.variant))
         return naive.generate(request.prompt_token_ids, request.params)
 
 

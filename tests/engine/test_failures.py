@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.decode_step import DecodeStep
 from engine.graphs import DecodeGraphs
-from engine.model.block_transformer import BlockTransformer
+from engine.model.build import build_model
 from engine.scheduler import NON_FINITE_ERROR, OUT_OF_MEMORY_ERROR
 from engine.types import Delta, GenerationRequest, InvalidRequestError, SamplingParams, pack_tokens
 from engine.weights import random_weights
@@ -268,7 +268,7 @@ def wide_core(**options: object) -> EngineCore:
     config = golden.model_copy(update={"vocab_size": 100_000, "max_length": 1 << 15, "block_decoder": decoder})
     device = torch.device("cuda:0")
     kernels = select_kernels(device)
-    model = BlockTransformer(config, random_weights(config, torch.float32, device, 0), kernels)
+    model = build_model(config, random_weights(config, torch.float32, device, 0), kernels)
     engine = EngineConfig.create(device="cuda:0", max_rows=256, max_step_positions=1 << 14, kv_bytes=1 << 26, **options)
     return EngineCore(name="wide", config=engine, model=model, kernels=kernels)
 

@@ -18,8 +18,9 @@ def test_a_bucket_holds_its_rows_and_wastes_little(max_rows: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 @pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_cuda_gives_the_oracles_tokens(cuda_graphs: bool, overlapped: bool) -> None:
-    model = GoldenModel("lookup_prefix2")
+@pytest.mark.parametrize("variant", ["lookup_prefix2", "vanilla_gptneox"])
+def test_cuda_gives_the_oracles_tokens(variant: str, cuda_graphs: bool, overlapped: bool) -> None:
+    model = GoldenModel(variant)
     core = model.core(device="cuda:0", max_rows=5, cuda_graphs=cuda_graphs, overlapped=overlapped)
     requests = [
         GenerationRequest.of(

@@ -1,11 +1,18 @@
 import pytest
 import torch
 
-from engine.config import ConfigError, DecoderConfig, EmbedderConfig, EngineConfig, ModelConfig, TokenDecoderConfig
+from engine.config import (
+    BlockTransformerConfig,
+    ConfigError,
+    DecoderConfig,
+    EmbedderConfig,
+    EngineConfig,
+    TokenDecoderConfig,
+)
 from engine.kv_cache import KVCache, KVLayout, free_memory, plan_pages
 
 BLOCK = DecoderConfig(num_layers=3, hidden_size=64, num_heads=4, intermediate_size=256)
-MODEL = ModelConfig(
+MODEL = BlockTransformerConfig(
     vocab_size=512,
     block_length=4,
     max_length=500,

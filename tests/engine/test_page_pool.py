@@ -19,6 +19,19 @@ def test_asking_for_more_than_is_free_takes_nothing() -> None:
     assert pool.free == 2
 
 
+def test_pages_come_in_the_order_that_was_asked_for() -> None:
+    assert PagePool(3).allocate(3) == [1, 2, 3]
+    pool = PagePool(3, order=[3, 1, 2])
+    assert pool.allocate(2) == [3, 1]
+    pool.check_integrity([[3, 1]])
+
+
+@pytest.mark.parametrize("order", [[1, 2], [1, 2, 2], [0, 1, 2], [1, 2, 3, 4]])
+def test_an_order_has_to_name_every_page_once(order: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"each of the pages 1\.\.3 once"):
+        PagePool(3, order)
+
+
 def test_a_shared_page_is_free_after_its_last_release() -> None:
     pool = PagePool(1)
     (page,) = pool.allocate(1)

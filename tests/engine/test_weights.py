@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.config import ConfigError, ModelConfig
 from engine.weights import WeightsError, expected_shapes, load_weights, random_weights
-from tests.golden.cases import DIRECTORY, VARIANTS
+from tests.golden.cases import DIRECTORY, VANILLA, VARIANTS
 
 CPU = torch.device("cpu")
 NAME = "block_decoder.gpt_neox.layers.1.mlp.dense_4h_to_h.weight"
@@ -49,7 +49,7 @@ def shard(directory: Path) -> Path:
 def test_expected_shapes_are_those_of_the_reference(variant: str) -> None:
     state = json.loads((DIRECTORY / variant / "resolved_config.json").read_text())["state_dict"]
     reference = {name: tuple(tensor["shape"]) for name, tensor in state.items()}
-    del reference["block_decoder.gpt_neox.embed_in.weight"]
+    reference.pop("block_decoder.gpt_neox.embed_in.weight", None)
     assert expected_shapes(ModelConfig.load(DIRECTORY / variant)) == reference
 
 
@@ -88,6 +88,20 @@ def test_known_strays_are_ignored_and_others_named(tmp_path: Path, caplog: pytes
         load(write(tmp_path, lambda tensors: tensors.update({"block_decoder.extra": torch.zeros(3)})))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "block_decoder.extra" in caplog.text
+
+
+def test_strays_of_vanilla_checkpoints_are_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Old versions of the library saved masks and frequencies."""
+    tensors = load_file(DIRECTORY / VANILLA / "model.safetensors")
+    strays = {
+        "gpt_neox.layers.0.attention.bias": torch.zeros(1, 1, 4, 4, dtype=torch.bool),
+        "gpt_neox.layers.1.attention.masked_bias": torch.zeros(()),
+        "gpt_neox.layers.2.attention.rotary_emb.inv_freq": torch.zeros(2),
+    }
+    save_file(tensors | strays, tmp_path / "model.safetensors")
+    loaded = load_weights(tmp_path, ModelConfig.load(DIRECTORY / VANILLA), torch.float32, CPU)
+    assert loaded.keys() == tensors.keys()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

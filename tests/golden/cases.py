@@ -15,8 +15,16 @@ from engine.config import ModelConfig
 from engine.weights import load_weights
 
 DIRECTORY = Path(__file__).parent
-VARIANTS = ("lookup_prefix2", "lookup_prefix1", "lookup_projection", "lookup_summation")
-FORWARD_CASES = ("full", "leftpad", "rightpad_eos", "rightpad_eos_noskip", "eval_pppa")
+BLOCK_VARIANTS = ("lookup_prefix2", "lookup_prefix1", "lookup_projection", "lookup_summation")
+VANILLA = "vanilla_gptneox"
+VARIANTS = (*BLOCK_VARIANTS, VANILLA)
+FORWARD_CASES = [
+    (variant, case)
+    for variant in BLOCK_VARIANTS
+    for case in ("full", "leftpad", "rightpad_eos", "rightpad_eos_noskip", "eval_pppa")
+] + [(VANILLA, "full"), (VANILLA, "leftpad")]
+COMPARABLE = dict.fromkeys(BLOCK_VARIANTS, 47) | {VANILLA: 40}
+"""Rows of generations that there are at least."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +81,34 @@ def assert_embeddings(ours: Tensor, golden: Tensor) -> None:
 
 
 def forward_case(variant: str, name: str) -> Mapping[str, Tensor]:
-    """The tensors of a forward case by role."""
-    return {key.split("/")[2]: tensor for key, tensor in _tensors(variant).items() if key.startswith(f"fwd/{name}/")}
+    """The tensors of a forward case by role; those of the vanilla model as blocks of one token."""
+    prefix = f"fwd/{name}/"
+    case = {key.removeprefix(prefix): tensor for key, tensor in _tensors(variant).items() if key.startswith(prefix)}
+    return _as_blocks(case) if variant == VANILLA else case
+
+
+def _as_blocks(case: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """input_ids [B, T] and the rest, where logits [B, T, V] predict the token behind, in the form of block models."""
+    mask = case.get("attention_mask", torch.ones_like(case["input_ids"]))
+    return {
+        "input_ids": case["input_ids"][..., None],
+        "attention_mask": mask[..., None],
+        "block_attention_mask": mask,
+        "context_embeddings": case["final_hidden"],
+        "logits": case["logits"][:, :-1, None],
+        "valid": case.get("valid", mask)[:, :-1, None],
+    }
 
 
 @cache
 def generations(variant: str) -> tuple[Generation, ...]:
     """The generations that the served semantics reproduce: with training's positions, prompts given as token ids."""
     cases = json.loads((DIRECTORY / variant / "cases.json").read_text())
-    position_mode = "train" if cases["prefix_position_quirk"] else "reference"
+    position_mode = "train" if cases.get("prefix_position_quirk") else "reference"
     found = []
     for case in cases["generation_cases"]:
         tensors = {role: _tensors(variant)[place["key"]] for role, place in case["tensors"].items()}
-        if case["position_mode"] != position_mode or tensors["prompt"].dim() != 2:
+        if case.get("position_mode", "reference") != position_mode or tensors["prompt"].dim() != 2:
             continue
         rows = len(tensors["prompt"])
         comparable = case.get("rows_equal_to_single_run", [True] * rows)

@@ -6,10 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.model.block_transformer import BlockTransformer
+from engine.model.build import build_model
+from engine.model.model import Model
 from kernels.dispatch import Implementation, select_kernels
 from tests.engine.model.paged import CPU, PagedRun
-from tests.golden.cases import VARIANTS, assert_embeddings, assert_logits, config, forward_case, generations, weights
+from tests.golden.cases import (
+    BLOCK_VARIANTS,
+    VARIANTS,
+    assert_embeddings,
+    assert_logits,
+    config,
+    forward_case,
+    generations,
+    weights,
+)
 
 CUDA = torch.device("cuda")
 CASES: list[tuple[Implementation, torch.device]] = [("torch", CPU)]
@@ -21,7 +31,7 @@ if torch.cuda.is_available():
 class Served:
     """A model on a device."""
 
-    model: BlockTransformer
+    model: Model
     device: torch.device
 
     def run(self, rows: int) -> PagedRun:
@@ -39,7 +49,7 @@ def variant(request: pytest.FixtureRequest) -> str:
 def served(request: pytest.FixtureRequest, variant: str) -> Served:
     implementation, device = request.param
     tensors = {name: tensor.to(device) for name, tensor in weights(variant).items()}
-    return Served(BlockTransformer(config(variant), tensors, select_kernels(device, implementation)), device)
+    return Served(build_model(config(variant), tensors, select_kernels(device, implementation)), device)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3, 7])
@@ -56,6 +66,7 @@ def test_full_case(served: Served, variant: str, cut: int) -> None:
             assert_logits(run.forced_logits(context, ids[:, position + 1]).cpu(), case["logits"][:, position])
 
 
+@pytest.mark.parametrize("variant", BLOCK_VARIANTS)
 def test_embed(served: Served, variant: str) -> None:
     case = forward_case(variant, "full")
     assert_embeddings(
@@ -80,7 +91,7 @@ def test_greedy_generations(served: Served, variant: str) -> None:
         block = run.model.write_block(run.decode(block), run.scratch, lambda logits, _place: logits.argmax(-1))
         written.append(block)
     answers = torch.cat(written, dim=1).tolist()
-    assert len(cases) >= 15
+    assert len(cases) >= 10
     for case, answer in zip(cases, answers, strict=True):
         expected = case.expected(0)
         assert answer[: len(expected)] == expected[: len(answer)], case.name

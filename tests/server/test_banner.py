@@ -4,6 +4,7 @@ import json
 import shlex
 
 import pytest
+from msgspec import structs
 
 from server.banner import start_banner
 from tests.fakes.child import INFO
@@ -37,3 +38,8 @@ def test_its_first_request_takes_the_key_from_the_shell() -> None:
 def test_parameters_are_counted_in_words(number: int, words: str) -> None:
     info = type(INFO)(**{**{f: getattr(INFO, f) for f in INFO.__struct_fields__}, "parameters": number})
     assert f"({words}parameters" in start_banner(info, "m", "1", URL)
+
+
+@pytest.mark.parametrize(("block_length", "words"), [(4, "4 tokens a block)"), (1, "token by token)")])
+def test_it_says_how_much_the_model_writes_at_once(block_length: int, words: str) -> None:
+    assert words in start_banner(structs.replace(INFO, block_length=block_length), "m", "1", URL)

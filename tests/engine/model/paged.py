@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.model.block_transformer import BlockTransformer, DecodeBatch, PrefillBatch
+from engine.model.block_decoder import DecodeBatch, PrefillBatch
+from engine.model.model import Model
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 8
@@ -24,7 +25,7 @@ class PagedRun:
 
     def __init__(
         self,
-        model: BlockTransformer,
+        model: Model,
         rows: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device = CPU,

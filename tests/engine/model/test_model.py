@@ -1,13 +1,13 @@
-"""The served model against the naive one: chunked and ragged prefill, ragged decode, every dtype."""
+"""The served models against the naive ones: chunked and ragged prefill, ragged decode, every dtype."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from engine.config import ModelConfig
-from engine.model.block_transformer import BlockTransformer
-from engine.model.naive import NaiveBlockTransformer
+from engine.config import BlockTransformerConfig, DecoderConfig, ModelConfig, VanillaConfig
+from engine.model.build import build_model
+from engine.model.naive import naive_model
 from engine.weights import expected_shapes
 from kernels.dispatch import torch_kernels
 from tests.engine.model.paged import PagedRun
@@ -39,6 +39,11 @@ def model_config(strategy: str, length: int, prefix: int, projection: str = "con
     )
 
 
+VANILLA = VanillaConfig(
+    vocab_size=VOCAB,
+    max_length=40,
+    block_decoder=DecoderConfig(num_layers=3, hidden_size=96, num_heads=3, intermediate_size=112, rotary_pct=0.5),
+)
 CONFIGS = (
     model_config("prefix", length=4, prefix=2),
     model_config("prefix", length=3, prefix=5, projection="projection_layer"),
@@ -46,10 +51,13 @@ CONFIGS = (
     model_config("prefix", length=1, prefix=1),
     model_config("summation", length=4, prefix=0, eos=5),
     model_config("summation", length=1, prefix=0),
+    VANILLA,
 )
 
 
 def name_of(config: ModelConfig) -> str:
+    if not isinstance(config, BlockTransformerConfig):
+        return "vanilla"
     strategy = f"{config.token_decoder.strategy}{config.expanded_vectors}"
     return f"{strategy}-{config.embedder.projection}-{config.block_length}"
 
@@ -73,7 +81,7 @@ def random_ids(config: ModelConfig, rows: int, blocks: int) -> Tensor:
 def served_results(config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> list[tuple[int, int, Tensor, Tensor]]:
     """Prefill by CHUNKS, then decode some rows at a time: (row, position, context, logits of the next block)."""
     weights = {name: tensor.to(dtype) for name, tensor in lively_weights(config).items()}
-    run = PagedRun(BlockTransformer(config, weights, torch_kernels()), rows=len(ids), dtype=dtype)
+    run = PagedRun(build_model(config, weights, torch_kernels()), rows=len(ids), dtype=dtype)
     for chunks in CHUNKS:
         run.prefill([(row, first, ids[row, first : first + count]) for row, first, count in chunks])
     results = []
@@ -88,7 +96,7 @@ def served_results(config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> list
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 def test_served_equals_naive(config: ModelConfig) -> None:
     ids = random_ids(config, rows=5, blocks=26)
-    naive = NaiveBlockTransformer(config, lively_weights(config), torch.float64).forward(ids)
+    naive = naive_model(config, lively_weights(config), torch.float64).forward(ids)
     results = served_results(config, ids, torch.float32)
     assert len(results) == 11
     for row, position, context, logits in results:
@@ -97,12 +105,12 @@ def test_served_equals_naive(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_as_exact_as_plain_torch(dtype: torch.dtype) -> None:
-    config = CONFIGS[0]
+@pytest.mark.parametrize("config", [CONFIGS[0], VANILLA], ids=name_of)
+def test_low_precision_is_as_exact_as_plain_torch(config: ModelConfig, dtype: torch.dtype) -> None:
     ids = random_ids(config, rows=5, blocks=26)
     rounded = {name: tensor.to(dtype) for name, tensor in lively_weights(config).items()}
-    exact = NaiveBlockTransformer(config, rounded, torch.float64).forward(ids).logits
-    plain = NaiveBlockTransformer(config, rounded, dtype).forward(ids).logits.double()
+    exact = naive_model(config, rounded, torch.float64).forward(ids).logits
+    plain = naive_model(config, rounded, dtype).forward(ids).logits.double()
     results = served_results(config, ids, dtype)
     ours = torch.stack([logits.double() for *_, logits in results])
     rows, positions = [row for row, *_ in results], [position for _, position, *_ in results]
@@ -114,7 +122,7 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
     """From two rows on products do not depend on their number, and a single row is padded to two."""
     config = CONFIGS[0]
     ids = random_ids(config, rows=6, blocks=4)
-    model = BlockTransformer(config, lively_weights(config), torch_kernels())
+    model = build_model(config, lively_weights(config), torch_kernels())
     results = []
     for rows in (1, 2, 6):
         run = PagedRun(model, rows=rows)
@@ -129,7 +137,7 @@ def test_nothing_of_a_freed_page_is_seen() -> None:
     """A page's unused tail may hold another request's NaN (PagedRun fills it so) or large numbers: no difference."""
     config = CONFIGS[0]
     ids = random_ids(config, rows=2, blocks=12)
-    model = BlockTransformer(config, lively_weights(config), torch_kernels())
+    model = build_model(config, lively_weights(config), torch_kernels())
     contexts = []
     for garbage in (torch.nan, torch.inf, 1e30, 0.0):
         run = PagedRun(model, rows=2)
@@ -145,7 +153,7 @@ def test_nothing_of_a_freed_page_is_seen() -> None:
 def test_a_row_with_nan_fails_alone() -> None:
     config = CONFIGS[0]
     ids = random_ids(config, rows=3, blocks=4)
-    model = BlockTransformer(config, lively_weights(config), torch_kernels())
+    model = build_model(config, lively_weights(config), torch_kernels())
     clean, faulty = PagedRun(model, rows=3), PagedRun(model, rows=3)
     for run in (clean, faulty):
         run.prefill([(row, 0, ids[row, :2]) for row in range(3)])
@@ -155,10 +163,10 @@ def test_a_row_with_nan_fails_alone() -> None:
     assert_close(context[[0, 2]], expected[[0, 2]], atol=1e-6, rtol=1e-6)
 
 
-def test_tokens_may_be_either_integer_type() -> None:
-    config = CONFIGS[4]
+@pytest.mark.parametrize("config", [CONFIGS[4], VANILLA], ids=name_of)
+def test_tokens_may_be_either_integer_type(config: ModelConfig) -> None:
     ids = random_ids(config, rows=2, blocks=1)[:, 0]
-    model = BlockTransformer(config, lively_weights(config), torch_kernels())
+    model = build_model(config, lively_weights(config), torch_kernels())
     assert torch.equal(model.embed(ids), model.embed(ids.long()))
     scratch = model.new_scratch(2)
     context = torch.randn(2, config.block_decoder.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -166,3 +174,18 @@ def test_tokens_may_be_either_integer_type() -> None:
     wide = model.write_block(context, scratch, lambda logits, _place: logits.argmax(-1))
     assert narrow.dtype == torch.int32
     assert torch.equal(narrow.long(), wide)
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], VANILLA], ids=name_of)
+def test_prefill_needs_nothing_of_the_last_layer_behind_its_keys_and_values(config: ModelConfig) -> None:
+    name = "block_decoder.gpt_neox" if isinstance(config, BlockTransformerConfig) else "gpt_neox"
+    unread = (f"{name}.layers.2.attention.dense", f"{name}.layers.2.mlp", f"{name}.final_layer_norm")
+    weights = lively_weights(config)
+    without = {key: tensor * torch.nan if key.startswith(unread) else tensor for key, tensor in weights.items()}
+    ids = random_ids(config, rows=2, blocks=9)
+    runs = [PagedRun(build_model(config, tensors, torch_kernels()), rows=2) for tensors in (weights, without)]
+    for run in runs:
+        run.prefill([(0, 0, ids[0, :5]), (1, 0, ids[1, :9])])
+    assert torch.equal(runs[0].keys.nan_to_num(), runs[1].keys.nan_to_num())
+    assert torch.equal(runs[0].values.nan_to_num(), runs[1].values.nan_to_num())
+    assert not runs[0].keys.isnan().all()

@@ -24,7 +24,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("decode attention", ("_attend_split", "_combine_splits")),
     ("prefill attention", ("_attend_tile",)),
     ("local attention", ("_attend_pairs", "scaled_dot_product", "softmax")),
-    ("sampler", ("_sample_row", "argmax", "topk", "aten::max")),
+    ("sampler", ("sample_groups", "sample_row", "sample_vocabulary", "argmax", "topk", "aten::max")),
     ("norms", ("_norm_row", "layer_norm")),
     ("rotary and cache writes", ("_write_paged", "_write_scratch", "index_put")),
     ("embedding", ("_embed_tile", "embedding")),

@@ -17,6 +17,7 @@ from kernels.layer_norm import (
     triton_residual_layer_norms,
 )
 from kernels.linear import linear
+from kernels.linear_gelu import linear_gelu, triton_linear_gelu
 from kernels.local_attention import local_attention, triton_local_attention
 from kernels.prefill_attention import paged_prefill_attention, triton_paged_prefill_attention
 from kernels.rotary import (
@@ -37,6 +38,7 @@ class Kernels:
 
     block_embedding: Callable[[Tensor, Tensor], Tensor]
     linear: Callable[[Tensor, Tensor, OptionalTensor], Tensor]
+    linear_gelu: Callable[[Tensor, Tensor, OptionalTensor], Tensor]
     residual_layer_norms: Callable[
         [Tensor, OptionalTensor, OptionalTensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]
     ]
@@ -54,6 +56,7 @@ def torch_kernels() -> Kernels:
     return Kernels(
         block_embedding=block_embedding,
         linear=linear,
+        linear_gelu=linear_gelu,
         residual_layer_norms=residual_layer_norms,
         residual_layer_norm=residual_layer_norm,
         rotary_paged_write=rotary_paged_write,
@@ -75,6 +78,7 @@ def triton_kernels() -> Kernels:
     return Kernels(
         block_embedding=triton_block_embedding,
         linear=linear,
+        linear_gelu=triton_linear_gelu,
         residual_layer_norms=triton_residual_layer_norms,
         residual_layer_norm=triton_residual_layer_norm,
         rotary_paged_write=triton_rotary_paged_write,

@@ -167,18 +167,24 @@ def _prefill_cases(kernels: Kernels, only: str) -> Iterator[Case]:
 
 
 def _local_cases(kernels: Kernels, only: str) -> Iterator[Case]:
-    op = "local_attention"
-    for rows, heads, head_size, length, first in ((1024, 16, 128, 1, 4), (1024, 16, 128, 2, 0), (2048, 16, 64, 1, 4)):
+    op = "rotary_local_attention"
+    for rows, heads, head_size, length, first in (
+        (1024, 16, 128, 2, 0),
+        (1024, 16, 128, 1, 2),
+        (1024, 16, 128, 1, 4),
+        (2048, 16, 64, 1, 4),
+        (4096, 12, 64, 1, 4),
+    ):
         if only not in op:
             continue
         keys, values = (_random(rows, heads, 5, head_size) for _ in range(2))
-        query = _random(rows, length, heads, head_size)
-        numbers = rows * heads * head_size * 2 * (length + first + length)
+        qkv = _random(rows, length, heads * 3 * head_size)
+        table = rotary_table(5, head_size // 4, 10000.0, CUDA)
         yield Case(
             op,
-            f"{rows} rows, positions {first}..{first + length - 1}, {heads} heads of {head_size}",
-            partial(kernels.local_attention, query, keys, values, first, head_size**-0.5),
-            bytes=numbers * DTYPE.itemsize,
+            f"{rows} rows, {length} behind {first}, {heads} heads of {head_size}",
+            partial(kernels.rotary_local_attention, qkv, first, table, keys, values, head_size**-0.5),
+            bytes=rows * heads * head_size * (6 * length + 2 * first) * DTYPE.itemsize,
         )
 
 
@@ -195,15 +201,6 @@ def _rotary_cases(kernels: Kernels, only: str) -> Iterator[Case]:
             "rotary_paged_write",
             f"{rows} positions, {heads} heads of {head_size}",
             partial(kernels.rotary_paged_write, *arguments),
-            bytes=2 * qkv.nbytes,
-        )
-        if rows > 4096:
-            continue
-        scratch = _random(rows, heads, 5, head_size), _random(rows, heads, 5, head_size)
-        yield Case(
-            "rotary_scratch_write",
-            f"{rows} rows, 1 position, {heads} heads of {head_size}",
-            partial(kernels.rotary_scratch_write, qkv[:, None], 3, table, *scratch),
             bytes=2 * qkv.nbytes,
         )
 

@@ -26,7 +26,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("local attention", ("_attend_pairs", "scaled_dot_product", "softmax")),
     ("sampler", ("sample_groups", "sample_row", "sample_vocabulary", "argmax", "topk", "aten::max")),
     ("norms", ("_norm_row", "layer_norm")),
-    ("rotary and cache writes", ("_write_paged", "_write_scratch", "index_put")),
+    ("rotary and cache writes", ("_write_paged", "index_put")),
     ("embedding", ("_embed_tile", "embedding")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas", "aten::mm", "addmm", "bmm", "linear")),
     ("gelu", ("gelu",)),

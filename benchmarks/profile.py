@@ -28,7 +28,10 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("norms", ("_norm_row", "layer_norm")),
     ("rotary and cache writes", ("_write_paged", "index_put")),
     ("embedding", ("_embed_tile", "embedding")),
-    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas", "aten::mm", "addmm", "bmm", "linear")),
+    (
+        "matrix products",
+        ("gemm", "gemv", "nvjet", "cutlass", "xmma", "splitk", "cublas", "aten::mm", "addmm", "bmm", "linear", "_skinny"),
+    ),
     ("gelu", ("gelu",)),
     ("copies", ("memcpy", "memset", "copy", "aten::cat", "catarray")),
 )

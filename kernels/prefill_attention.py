@@ -186,46 +186,27 @@ def _attend_tile(
     best = tl.full([TILE_Q], -float("inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
     sums = tl.zeros([TILE_Q, HEAD_SIZE], tl.float32)
-    best, total, sums = _attend_range(
-        q,
-        keys,
-        values,
-        pages_of_row,
-        head,
-        heads,
-        0,
-        seen_by_all,
-        first_position + entries,
-        scale,
-        best,
-        total,
-        sums,
-        False,
-        PAGE_SIZE,
-        HEAD_SIZE,
-        TILE_T,
-        STAGES,
-    )
-    best, total, sums = _attend_range(
-        q,
-        keys,
-        values,
-        pages_of_row,
-        head,
-        heads,
-        seen_by_all,
-        context,
-        first_position + entries,
-        scale,
-        best,
-        total,
-        sums,
-        True,
-        PAGE_SIZE,
-        HEAD_SIZE,
-        TILE_T,
-        STAGES,
-    )
+    for masked in tl.static_range(2):  # first what all queries see, then the diagonal
+        best, total, sums = _attend_range(
+            q,
+            keys,
+            values,
+            pages_of_row,
+            head,
+            heads,
+            seen_by_all * masked,
+            context if masked else seen_by_all,
+            first_position + entries,
+            scale,
+            best,
+            total,
+            sums,
+            masked,
+            PAGE_SIZE,
+            HEAD_SIZE,
+            TILE_T,
+            STAGES,
+        )
     tl.store(attended + places, (sums / total[:, None]).to(attended.dtype.element_ty), mask=inside)
 
 

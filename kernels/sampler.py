@@ -30,6 +30,9 @@ DRAW_TILE = 128
 VOCABULARY_TILE_V = 2048
 """Tokens that a program looks at together: to find the groups' best scores, to find candidates, to draw from them, and
 to sample with the whole vocabulary."""
+GROUPS_WARPS = 4
+CANDIDATES_WARPS = 4
+VOCABULARY_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,16 @@ def triton_sample(
     settings = tables.temperature, tables.top_k, tables.top_p, tables.min_p, tables.seed, *suppression
     sizes = logits.stride(0), vocab_size, tables.suppressed_ids.shape[1]
     sample_groups[(rows * tiles,)](
-        logits, row_index, generated_index, *suppression, maxima, *sizes, tiles, GROUP=group, TILE_G=tile_groups
+        logits,
+        row_index,
+        generated_index,
+        *suppression,
+        maxima,
+        *sizes,
+        tiles,
+        GROUP=group,
+        TILE_G=tile_groups,
+        num_warps=GROUPS_WARPS,
     )
     sample_row[(rows,)](
         logits,
@@ -202,6 +214,7 @@ def triton_sample(
         TILE_V=max(group, CANDIDATES_TILE_V),
         TILE_C=DRAW_TILE,
         CAPACITY=CAPACITY,
+        num_warps=CANDIDATES_WARPS,
     )
     sample_vocabulary[(rows,)](
         logits,
@@ -216,6 +229,6 @@ def triton_sample(
         GROUP=group,
         GROUPS=power_of_2(width),
         TILE_V=max(group, min(power_of_2(vocab_size), VOCABULARY_TILE_V)),
-        num_warps=8,
+        num_warps=VOCABULARY_WARPS,
     )
     return tokens, finite

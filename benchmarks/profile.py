@@ -30,8 +30,20 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embedding", ("_embed_tile", "embedding")),
     (
         "matrix products",
-        ("gemm", "gemv", "nvjet", "cutlass", "xmma", "splitk", "cublas", "_skinny")
-        + ("aten::mm", "addmm", "bmm", "linear"),
+        (
+            "gemm",
+            "gemv",
+            "nvjet",
+            "cutlass",
+            "xmma",
+            "splitk",
+            "cublas",
+            "_skinny",
+            "aten::mm",
+            "addmm",
+            "bmm",
+            "linear",
+        ),
     ),
     ("gelu", ("gelu",)),
     ("copies", ("memcpy", "memset", "copy", "aten::cat", "catarray")),

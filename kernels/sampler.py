@@ -176,6 +176,7 @@ def triton_sample(
     tiles = cdiv(groups, tile_groups)
     width = tiles * tile_groups
     maxima = torch.empty(rows, width, dtype=torch.float32, device=device)
+    masses = torch.empty(rows, tiles, 2, dtype=torch.float32, device=device)
     group_lists = torch.empty(rows, width, dtype=torch.int32, device=device)
     candidate_scores = torch.empty(rows, CAPACITY, dtype=torch.float32, device=device)
     candidate_tokens = torch.empty(rows, CAPACITY, dtype=torch.int32, device=device)
@@ -188,8 +189,12 @@ def triton_sample(
         logits,
         row_index,
         generated_index,
+        tables.temperature,
+        tables.top_k,
+        tables.top_p,
         *suppression,
         maxima,
+        masses,
         *sizes,
         tiles,
         GROUP=group,
@@ -202,6 +207,7 @@ def triton_sample(
         generated_index,
         *settings,
         maxima,
+        masses,
         group_lists,
         candidate_scores,
         candidate_tokens,
@@ -209,8 +215,10 @@ def triton_sample(
         finite,
         *sizes,
         width,
+        tiles,
         GROUP=group,
         GROUPS=power_of_2(width),
+        TILES=power_of_2(tiles),
         TILE_V=max(group, CANDIDATES_TILE_V),
         TILE_C=DRAW_TILE,
         CAPACITY=CAPACITY,

@@ -3,6 +3,9 @@
 With top-k, the k-th largest of the groups' best scores is a lower bound of the k-th largest score, since each of the k
 groups holds a token that reaches it. So only groups that reach it hold tokens to keep; those of their tokens that
 reach it are the candidates, and what the thresholds leave of the vocabulary is what they leave of the candidates.
+
+Min-p is such a bound by itself. With top-p alone the best half of the groups is tried, whose tokens do where they hold
+enough of the whole vocabulary's weight.
 """
 
 from kernels.jit import jit, tl
@@ -35,14 +38,31 @@ def largest_reaching(
 
 
 @jit
-def _lower_bound(maximum: tl.tensor, best: tl.tensor, top_k: tl.tensor) -> tl.tensor:
-    """What no kept token lies below, from the groups' best scores; -inf where they do not tell."""
+def _lower_bound(
+    maximum: tl.tensor, best: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, min_p: tl.tensor
+) -> tl.tensor:
+    """What no candidate lies below, from the groups' best scores; -inf where they do not tell."""
     occupied = maximum > -float("inf")
+    count = tl.sum(occupied.to(tl.int32), 0)
     bound = best * 0 - float("inf")
-    if (top_k > 0) & (top_k <= tl.sum(occupied.to(tl.int32), 0)):
+    rank = tl.where((top_k <= 0) & (top_p < 1), (count + 1) // 2, top_k)
+    if (rank > 0) & (rank <= count):
         lowest = tl.min(tl.where(occupied, maximum, float("inf")), 0)
-        bound = largest_reaching(maximum, occupied.to(tl.float32), top_k.to(tl.float32), lowest, best)
+        bound = largest_reaching(maximum, occupied.to(tl.float32), rank.to(tl.float32), lowest, best)
+    if (min_p > 0) & (top_p >= 1):
+        bound = tl.maximum(bound, best + tl.log(min_p))
     return bound
+
+
+@jit
+def _total_weight(
+    masses: tl.tensor, tiles: tl.tensor, best: tl.tensor, temperature: tl.tensor, TILES: tl.constexpr
+) -> tl.tensor:
+    """The sum of exp((score - best) / temperature) over the vocabulary, from those of its tiles."""
+    tile = tl.arange(0, TILES)
+    top = tl.load(masses + tile * 2, mask=tile < tiles, other=-float("inf"))
+    mass = tl.load(masses + tile * 2 + 1, mask=tile < tiles, other=0)
+    return tl.sum((mass * tl.exp((top - best) * (1.0 / temperature))).to(tl.float64), 0)
 
 
 @jit
@@ -96,19 +116,28 @@ def _list_candidates(
 
 
 @jit
-def _lowest_kept(score: tl.tensor, best: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, min_p: tl.tensor) -> tl.tensor:
-    """`kernels.sampler.lowest_kept` of one row's candidates; where there is none, the score is -inf."""
+def _lowest_kept(
+    score: tl.tensor, best: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, min_p: tl.tensor, total: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """`kernels.sampler.lowest_kept` of one row's candidates, and whether these tell; other places hold -inf.
+
+    total: with top-p alone the weight of the whole vocabulary, fp64; otherwise not looked at.
+    """
     present = score > -float("inf")
     threshold = tl.min(tl.where(present, score, float("inf")), 0)
+    enough = best == best
     if (top_k > 0) & (top_k < tl.sum(present.to(tl.int32), 0)):
         threshold = largest_reaching(score, present.to(tl.float32), top_k.to(tl.float32), threshold, best)
     if top_p < 1:
         weight = tl.where(score >= threshold, tl.exp(score - best), 0.0).to(tl.float64)
-        needed = top_p.to(tl.float64) * tl.sum(weight, 0)
-        threshold = largest_reaching(score, weight, needed, threshold, best)
+        mass = tl.sum(weight, 0)
+        needed = top_p.to(tl.float64) * tl.where(top_k > 0, mass, total)
+        enough = mass >= needed
+        if enough:
+            threshold = largest_reaching(score, weight, needed, threshold, best)
     if min_p > 0:
         threshold = tl.maximum(threshold, best + tl.log(min_p))
-    return threshold
+    return threshold, enough
 
 
 @jit
@@ -148,6 +177,7 @@ def sample_row(
     suppress_until: tl.tensor,
     suppressed_ids: tl.tensor,
     maxima: tl.tensor,
+    masses: tl.tensor,
     group_lists: tl.tensor,
     candidate_scores: tl.tensor,
     candidate_tokens: tl.tensor,
@@ -157,13 +187,15 @@ def sample_row(
     vocab_size: tl.tensor,
     suppressed_width: tl.tensor,
     maxima_width: tl.tensor,
+    tiles: tl.tensor,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
+    TILES: tl.constexpr,
     TILE_V: tl.constexpr,
     TILE_C: tl.constexpr,
     CAPACITY: tl.constexpr,
 ) -> None:
-    """One row: its token, or UNDECIDED if it samples and has no bound or too many candidates."""
+    """One row: its token, or UNDECIDED if it samples and its candidates are unknown, too many or not enough."""
     entry = tl.program_id(0).to(tl.int64)
     row = tl.load(row_index + entry).to(tl.int64)
     place = tl.load(generated_index + entry)
@@ -177,9 +209,12 @@ def sample_row(
     good = tl.abs(best) < float("inf")
     if good & (temperature > 0):
         token += UNDECIDED
+        top_k, top_p, min_p = tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row)
+        total = best.to(tl.float64) * 0
+        if (top_k <= 0) & (top_p < 1):
+            total = _total_weight(masses + entry * tiles * 2, tiles, best, temperature, TILES)
         maximum, best = tl.div_rn(maximum, temperature), tl.div_rn(best, temperature)
-        top_k = tl.load(top_ks + row)
-        bound = _lower_bound(maximum, best, top_k)
+        bound = _lower_bound(maximum, best, top_k, top_p, min_p)
         if (bound > -float("inf")) | (vocab_size <= CAPACITY):
             scores, candidates = candidate_scores + entry * CAPACITY, candidate_tokens + entry * CAPACITY
             list_ = group_lists + entry * maxima_width
@@ -202,9 +237,10 @@ def sample_row(
             if count <= CAPACITY:
                 lanes = tl.arange(0, CAPACITY)
                 score = tl.load(scores + lanes, mask=lanes < count, other=-float("inf"))
-                threshold = _lowest_kept(score, best, top_k, tl.load(top_ps + row), tl.load(min_ps + row))
-                best, token = _draw(scores, candidates, count, threshold, tl.load(seeds + row), place, TILE_C)
-                good = tl.abs(best) < float("inf")
+                threshold, enough = _lowest_kept(score, best, top_k, top_p, min_p, total)
+                if enough:
+                    best, token = _draw(scores, candidates, count, threshold, tl.load(seeds + row), place, TILE_C)
+                    good = tl.abs(best) < float("inf")
     elif good:
         group = tl.min(tl.where(maximum == best, groups, GROUPS), 0)
         members = group * GROUP + tl.arange(0, GROUP)

@@ -365,14 +365,17 @@ def test_few_candidates_do_without_the_whole_vocabulary(
 ) -> None:
     monkeypatch.setattr("kernels.sampler.sample_vocabulary", NotLaunched())
     settings = tables(
-        temperature=[0.0, 1.0, 1.0, 1.0, 1.0, 1.0],
-        top_k=[0, 1, 50, 200, 300, 0],
-        top_p=[0.9, 1.0, 0.9, 1.0, 1.0, 1.0],
+        temperature=[0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 1.0, 1.0, 0.2],
+        top_k=[0, 1, 50, 200, 300, 0, 0, 0, 0, 0],
+        top_p=[0.9, 1.0, 0.9, 1.0, 1.0, 1.0, 0.9, 0.9, 1.0, 0.9],
+        min_p=[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.1],
     )
-    logits = random(6, 4500, dtype=torch.bfloat16)
-    tokens, finite = triton_kernels.sample(logits, torch.arange(6).int(), int32([0] * 6), settings)
+    few = [True, True, True, True, False, False, True, False, True, True]
+    rows = len(few)
+    logits = random(rows, 4500, dtype=torch.bfloat16)
+    tokens, finite = triton_kernels.sample(logits, torch.arange(rows).int(), int32([0] * rows), settings)
     assert finite.all()
-    assert [token >= 0 for token in tokens.tolist()] == [True, True, True, True, False, False]
+    assert [token >= 0 for token in tokens.tolist()] == few
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

@@ -170,10 +170,7 @@ def triton_sample(
     assert all(table.is_contiguous() for table in vars(tables).values())
     rows, vocab_size = logits.shape
     device = logits.device
-    group = max(MIN_GROUP, power_of_2(vocab_size) // MAX_GROUPS)
-    groups = cdiv(vocab_size, group)
-    tile_groups = min(power_of_2(groups), max(1, GROUPS_TILE_V // group))
-    tiles = cdiv(groups, tile_groups)
+    group, tile_groups, tiles = _groups(vocab_size)
     width = tiles * tile_groups
     maxima = torch.empty(rows, width, dtype=torch.float32, device=device)
     masses = torch.empty(rows, tiles, 2, dtype=torch.float32, device=device)
@@ -240,3 +237,11 @@ def triton_sample(
         num_warps=VOCABULARY_WARPS,
     )
     return tokens, finite
+
+
+def _groups(vocab_size: int) -> tuple[int, int, int]:
+    """Tokens of a group, groups of a tile, and tiles of a row."""
+    group = max(MIN_GROUP, power_of_2(vocab_size) // MAX_GROUPS)
+    groups = cdiv(vocab_size, group)
+    tile_groups = min(power_of_2(groups), max(1, GROUPS_TILE_V // group))
+    return group, tile_groups, cdiv(groups, tile_groups)

@@ -165,6 +165,24 @@ def _draw(
 
 
 @jit
+def _first_of(
+    line: tl.tensor,
+    ids: tl.tensor,
+    suppressed: tl.tensor,
+    vocab_size: tl.tensor,
+    best: tl.tensor,
+    maximum: tl.tensor,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> tl.tensor:
+    """The lowest token with the best score, which is in the first group that has it."""
+    group = tl.min(tl.where(maximum == best, tl.arange(0, GROUPS), GROUPS), 0)
+    members = group * GROUP + tl.arange(0, GROUP)
+    _raw, score = load_scores(line, members, members < vocab_size, ids, suppressed)
+    return tl.min(tl.where(score == best, members, vocab_size), 0)
+
+
+@jit
 def sample_row(
     logits: tl.tensor,
     row_index: tl.tensor,
@@ -242,9 +260,6 @@ def sample_row(
                     best, token = _draw(scores, candidates, count, threshold, tl.load(seeds + row), place, TILE_C)
                     good = tl.abs(best) < float("inf")
     elif good:
-        group = tl.min(tl.where(maximum == best, groups, GROUPS), 0)
-        members = group * GROUP + tl.arange(0, GROUP)
-        _raw, score = load_scores(line, members, members < vocab_size, ids, suppressed)
-        token = tl.min(tl.where(score == best, members, vocab_size), 0)
+        token = _first_of(line, ids, suppressed, vocab_size, best, maximum, GROUP, GROUPS)
     tl.store(tokens + entry, tl.where(good, token, 0))
     tl.store(finite + entry, good)

@@ -1,45 +1,27 @@
 """Times each kernel on a CUDA device at the shapes of the served models and compares it with what the device can do.
 
-    python -m benchmarks.kernels [--only decode] [--no-results]
+    python -m benchmarks.kernels [--only decode] [--no-results] [--sweep]
 
 A kernel is bound by memory or by arithmetic: its fraction of peak is bytes per second over the copy bandwidth, or
 operations per second over the matrix rate. Times are medians over launches with a cold L2 cache; data is random.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from benchmarks.kernel_cases import CUDA, Case, cases
+from benchmarks.kernel_sweep import SWEEPS, applied
 from benchmarks.results import append, provenance
-from kernels.dispatch import Kernels, select_kernels
-from kernels.rotary import rotary_table
-from kernels.sampler import SamplingTables
+from kernels.dispatch import select_kernels
 
 COPY_BYTES_PER_SECOND = 4.28e12
 MATRIX_FLOPS = 790e12
 """Measured on an H200: a large device-to-device copy, bytes read and written; a large bf16 product of random data."""
-
-PAGE_SIZE = 16
-VOCAB_SIZE = 50304
-DTYPE = torch.bfloat16
-CUDA = torch.device("cuda")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel at one shape: what to run, and the fewest bytes or operations that it takes."""
-
-    op: str
-    shape: str
-    run: Callable[[], object]
-    bytes: float = 0.0
-    flops: float = 0.0
 
 
 def main() -> None:
@@ -47,43 +29,76 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose operation's name contains this")
     parser.add_argument("--no-results", action="store_true", help="append nothing to benchmarks/results")
+    parser.add_argument("--sweep", action="store_true", help="compare launch settings instead; appends nothing")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("kernels are timed on a CUDA device, and there is none")
     torch.manual_seed(0)
+    if arguments.sweep:
+        _sweep(arguments.only)
+        return
     table = Table("operation", "shape", "us", "TB/s", "TFLOP/s", "of peak")
     rows = []
     source = provenance()
-    for make in (_decode_cases, _prefill_cases, _local_cases, _rotary_cases, _row_cases, _sampler_cases):
-        for case in make(select_kernels(CUDA), arguments.only):
-            seconds = _median_seconds(case.run)
-            fraction = max(case.bytes / COPY_BYTES_PER_SECOND, case.flops / MATRIX_FLOPS) / seconds
-            table.add_row(
-                case.op,
-                case.shape,
-                f"{seconds * 1e6:.1f}",
-                f"{case.bytes / seconds / 1e12:.2f}",
-                f"{case.flops / seconds / 1e12:.1f}",
-                f"{fraction:.0%}",
-            )
-            rows.append(
-                {
-                    "bench": "kernel",
-                    "op": case.op,
-                    "shape": case.shape,
-                    "dtype": "bfloat16",
-                    "device": torch.cuda.get_device_name(),
-                    "devices": 1,
-                    "seconds": seconds,
-                    "bytes": case.bytes,
-                    "flops": case.flops,
-                    "fraction_of_peak": round(fraction, 4),
-                    **source,
-                }
-            )
+    for case in cases(select_kernels(CUDA), arguments.only):
+        seconds = _median_seconds(case.run)
+        fraction = _fraction_of_peak(case, seconds)
+        table.add_row(
+            case.op,
+            case.shape,
+            f"{seconds * 1e6:.1f}",
+            f"{case.bytes / seconds / 1e12:.2f}",
+            f"{case.flops / seconds / 1e12:.1f}",
+            f"{fraction:.0%}",
+        )
+        rows.append(
+            {
+                "bench": "kernel",
+                "op": case.op,
+                "shape": case.shape,
+                "dtype": "bfloat16",
+                "device": torch.cuda.get_device_name(),
+                "devices": 1,
+                "seconds": seconds,
+                "bytes": case.bytes,
+                "flops": case.flops,
+                "fraction_of_peak": round(fraction, 4),
+                **source,
+            }
+        )
     Console(width=120).print(table)
     if not arguments.no_results:
         append("kernels", rows)
+
+
+def _sweep(only: str) -> None:
+    """Time the cases under every setting of their operation and print which is the fastest for each shape."""
+    table = Table("operation", "shape", "setting", "us", "of peak", title=torch.cuda.get_device_name())
+    for sweep in SWEEPS:
+        if only not in sweep.op:
+            continue
+        timed: dict[str, list[tuple[float, str, str]]] = {}
+        for setting in sweep.settings:
+            with applied(sweep, setting) as kernels:
+                for case in cases(kernels, sweep.op):
+                    if case.op != sweep.op:
+                        continue
+                    try:
+                        seconds = _median_seconds(case.run, repeats=11)
+                    except OutOfResources as error:
+                        table.add_row(case.op, case.shape, setting.name, "-", f"does not fit: {error.name}")
+                        continue
+                    fraction = f"{_fraction_of_peak(case, seconds):.0%}"
+                    timed.setdefault(case.shape, []).append((seconds, setting.name, fraction))
+        for shape, results in timed.items():
+            for place, (seconds, name, fraction) in enumerate(sorted(results)):
+                table.add_row(sweep.op, shape if not place else "", name, f"{seconds * 1e6:.1f}", fraction)
+            table.add_section()
+    Console(width=150).print(table)
+
+
+def _fraction_of_peak(case: Case, seconds: float) -> float:
+    return max(case.bytes / COPY_BYTES_PER_SECOND, case.flops / MATRIX_FLOPS) / seconds
 
 
 def _median_seconds(run: Callable[[], object], repeats: int = 21) -> float:
@@ -101,165 +116,6 @@ def _median_seconds(run: Callable[[], object], repeats: int = 21) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return sorted(times)[repeats // 2]
-
-
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=DTYPE, device=CUDA)
-
-
-def _int32(values: object) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.int32, device=CUDA)
-
-
-def _pages(contexts: list[int], heads: int, head_size: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Caches and a page table, `width` pages a row, whose pages lie in random order."""
-    needed = [-(-context // PAGE_SIZE) for context in contexts]
-    order = 1 + torch.randperm(sum(needed))
-    table = torch.zeros(len(contexts), width, dtype=torch.int32)
-    for row, (pages, part) in enumerate(zip(needed, order.split(needed), strict=True)):
-        table[row, :pages] = part
-    shape = (sum(needed) + 1, heads, PAGE_SIZE, head_size)
-    return _random(*shape), _random(*shape), table.to(CUDA)
-
-
-def _decode_cases(kernels: Kernels, only: str) -> Iterator[Case]:
-    op = "paged_decode_attention"
-    ragged = [256 + 577 * row % 321 for row in range(1024)]
-    for name, contexts, heads, head_size, width in (
-        ("1024 rows, context 288, 16 heads of 128", [288] * 1024, 16, 128, 36),
-        ("1024 rows, context 256..576, 16 heads of 128", ragged, 16, 128, 36),
-        ("1024 rows, context 288, 16 heads of 128, room for 8192", [288] * 1024, 16, 128, 512),
-        ("300 rows, context 2304, 16 heads of 128", [2304] * 300, 16, 128, 144),
-        ("2048 rows, context 288, 16 heads of 64", [288] * 2048, 16, 64, 36),
-        ("4096 rows, context 288, 12 heads of 64", [288] * 4096, 12, 64, 36),
-        ("1 row, context 544, 16 heads of 128", [544], 16, 128, 36),
-    ):
-        if only not in op:
-            continue
-        keys, values, table = _pages(contexts, heads, head_size, width)
-        rows = len(contexts)
-        query = _random(rows, heads, head_size)
-        arguments = query, keys, values, table, _int32(range(rows)), _int32(contexts), head_size**-0.5
-        numbers = heads * head_size * 2 * (sum(contexts) + rows)
-        yield Case(op, name, partial(kernels.paged_decode_attention, *arguments), bytes=numbers * DTYPE.itemsize)
-
-
-def _prefill_cases(kernels: Kernels, only: str) -> Iterator[Case]:
-    op = "paged_prefill_attention"
-    for name, starts, length, heads, head_size in (
-        ("32 prompts of 512, 16 heads of 128", [0] * 32, 512, 16, 128),
-        ("8 prompts of 2048, 16 heads of 128", [0] * 8, 2048, 16, 128),
-        ("32 prompts of 512, 16 heads of 64", [0] * 32, 512, 16, 64),
-        ("512 prompts of 32, 16 heads of 128", [0] * 512, 32, 16, 128),
-        ("4 chunks of 512 behind 1536, 16 heads of 128", [1536] * 4, 512, 16, 128),
-    ):
-        if only not in op:
-            continue
-        chunks = len(starts)
-        keys, values, table = _pages(
-            [start + length for start in starts], heads, head_size, -(-(starts[0] + length) // PAGE_SIZE)
-        )
-        query = _random(chunks * length, heads, head_size)
-        offsets = _int32(range(0, chunks * length + 1, length))
-        arguments = query, keys, values, table, _int32(range(chunks)), offsets, _int32(starts), head_size**-0.5
-        pairs = sum(length * start + length * (length + 1) / 2 for start in starts)
-        yield Case(op, name, partial(kernels.paged_prefill_attention, *arguments), flops=4 * pairs * heads * head_size)
-
-
-def _local_cases(kernels: Kernels, only: str) -> Iterator[Case]:
-    op = "local_attention"
-    for rows, heads, head_size, length, first in ((1024, 16, 128, 1, 4), (1024, 16, 128, 2, 0), (2048, 16, 64, 1, 4)):
-        if only not in op:
-            continue
-        keys, values = (_random(rows, heads, 5, head_size) for _ in range(2))
-        query = _random(rows, length, heads, head_size)
-        numbers = rows * heads * head_size * 2 * (length + first + length)
-        yield Case(
-            op,
-            f"{rows} rows, positions {first}..{first + length - 1}, {heads} heads of {head_size}",
-            partial(kernels.local_attention, query, keys, values, first, head_size**-0.5),
-            bytes=numbers * DTYPE.itemsize,
-        )
-
-
-def _rotary_cases(kernels: Kernels, only: str) -> Iterator[Case]:
-    for rows, heads, head_size in ((1024, 16, 128), (16384, 16, 128), (2048, 16, 64)):
-        if only not in "rotary":
-            continue
-        qkv = _random(rows, heads * 3 * head_size)
-        table = rotary_table(1024, head_size // 4, 1e4, CUDA)
-        keys, values, _ = _pages([PAGE_SIZE] * rows, heads, head_size, 1)
-        slots = (1 + torch.randperm(rows, device=CUDA)) * PAGE_SIZE + 5
-        arguments = qkv, torch.randint(1024, (rows,), device=CUDA).int(), slots, table, keys, values
-        yield Case(
-            "rotary_paged_write",
-            f"{rows} positions, {heads} heads of {head_size}",
-            partial(kernels.rotary_paged_write, *arguments),
-            bytes=2 * qkv.nbytes,
-        )
-        if rows > 4096:
-            continue
-        scratch = _random(rows, heads, 5, head_size), _random(rows, heads, 5, head_size)
-        yield Case(
-            "rotary_scratch_write",
-            f"{rows} rows, 1 position, {heads} heads of {head_size}",
-            partial(kernels.rotary_scratch_write, qkv[:, None], 3, table, *scratch),
-            bytes=2 * qkv.nbytes,
-        )
-
-
-def _row_cases(kernels: Kernels, only: str) -> Iterator[Case]:
-    """Kernels that work on whole rows of the residual stream."""
-    if only not in "residual_layer_norms block_embedding":
-        return
-    for rows, width in ((1024, 2048), (2048, 2048), (2048, 1024), (4096, 768), (16384, 2048)):
-        x, attention, ffn = (_random(rows, width) for _ in range(3))
-        weights = _random(width), _random(width), _random(width), _random(width)
-        yield Case(
-            "residual_layer_norms",
-            f"{rows} x {width}",
-            partial(kernels.residual_layer_norms, x, attention, ffn, *weights, 1e-5),
-            bytes=6 * x.nbytes,
-        )
-    for blocks, width in ((1024, 512), (16384, 512)):
-        table = _random(VOCAB_SIZE, width)
-        ids = torch.randint(VOCAB_SIZE, (blocks, 4), device=CUDA).int()
-        yield Case(
-            "block_embedding",
-            f"{blocks} blocks of 4 x {width}",
-            partial(kernels.block_embedding, ids, table),
-            bytes=2 * blocks * 4 * width * DTYPE.itemsize,
-        )
-
-
-def _sampler_cases(kernels: Kernels, only: str) -> Iterator[Case]:
-    if only not in "sample":
-        return
-    for rows in (1024, 1):
-        logits = _random(rows, VOCAB_SIZE) * 3
-        greedy = SamplingTables(
-            temperature=torch.zeros(rows, device=CUDA),
-            top_k=_int32([0] * rows),
-            top_p=torch.ones(rows, device=CUDA),
-            min_p=torch.zeros(rows, device=CUDA),
-            seed=torch.arange(rows, device=CUDA),
-            suppress_until=_int32([0] * rows),
-            suppressed_ids=_int32([[-1, -1]] * rows),
-        )
-        warm = replace(greedy, temperature=torch.ones(rows, device=CUDA))
-        for name, tables in (
-            ("greedy", greedy),
-            ("temperature 1", warm),
-            ("top-p 0.9", replace(warm, top_p=torch.full((rows,), 0.9, device=CUDA))),
-            ("top-k 50", replace(warm, top_k=_int32([50] * rows))),
-            ("min-p 0.05", replace(warm, min_p=torch.full((rows,), 0.05, device=CUDA))),
-        ):
-            yield Case(
-                "sample",
-                f"{rows} rows of {VOCAB_SIZE}, {name}",
-                partial(kernels.sample, logits, _int32(range(rows)), _int32([7] * rows), tables),
-                bytes=logits.nbytes,
-            )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ SPLIT_POSITIONS = 512
 """Positions that one program attends to; a multiple of TILE_POSITIONS."""
 MAX_SPLITS = 16
 """Programs a head of a row at most: with more splits than that, each program takes several."""
+ENOUGH_PROGRAMS = 16384
+"""Programs that fill any device several times over: heads of rows are cut no further than into this many."""
 TILE_POSITIONS = 16
 STAGES = 3
 NUM_WARPS = 2
@@ -101,19 +103,19 @@ def _attend_split(
     heads: tl.tensor,
     table_stride: tl.tensor,
     splits: tl.tensor,
+    split_positions: tl.tensor,
     PAGE_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    SPLIT: tl.constexpr,
     TILE_T: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """One head of one row over every `splits`-th piece of SPLIT positions, beginning with its own.
+    """One head of one row over every `splits`-th piece of `split_positions`, beginning with its own.
 
     Each of the TILE_T lanes keeps a softmax of its own, so that the loop has nothing to exchange between threads.
     """
     head, entry, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     length = tl.load(context_lengths + entry)
-    if split * SPLIT >= length:
+    if split * split_positions >= length:
         return
     lanes, dims = tl.arange(0, TILE_T), tl.arange(0, HEAD_SIZE)
     pages_of_row = page_table + tl.load(row_index + entry).to(tl.int64) * table_stride
@@ -122,8 +124,8 @@ def _attend_split(
     best = tl.full([TILE_T], LOWEST, tl.float32)
     total = tl.zeros([TILE_T], tl.float32)
     sums = tl.zeros([TILE_T, HEAD_SIZE], tl.float32)
-    for start in range(split * SPLIT, length, splits * SPLIT):
-        end = tl.minimum(start + SPLIT, length)
+    for start in range(split * split_positions, length, splits * split_positions):
+        end = tl.minimum(start + split_positions, length)
         for first in tl.range(start, end, TILE_T, num_stages=STAGES):
             positions = first + lanes
             seen = positions < end
@@ -142,7 +144,7 @@ def _attend_split(
     kept = tl.exp2(best - top)
     weight = tl.sum(total * kept, 0)
     result = tl.sum(sums * kept[:, None], 0)
-    if (length <= SPLIT) | (splits == 1):  # there is nothing to combine
+    if (length <= split_positions) | (splits == 1):  # there is nothing to combine
         tl.store(attended + line * HEAD_SIZE + dims, (result / weight).to(attended.dtype.element_ty))
     else:
         part = line * splits + split
@@ -159,18 +161,18 @@ def _combine_splits(
     attended: tl.tensor,
     heads: tl.tensor,
     splits: tl.tensor,
+    split_positions: tl.tensor,
     HEAD_SIZE: tl.constexpr,
-    SPLIT: tl.constexpr,
     TILE_S: tl.constexpr,
 ) -> None:
     """Add up what the splits of one head of one row have found."""
     head, entry = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length = tl.load(context_lengths + entry)
-    if length <= SPLIT:
+    if length <= split_positions:
         return
     dims = tl.arange(0, HEAD_SIZE)
     split = tl.arange(0, TILE_S)
-    used = split < tl.minimum((length + SPLIT - 1) // SPLIT, splits)
+    used = split < tl.minimum((length + split_positions - 1) // split_positions, splits)
     line = entry * heads + head
     part = line * splits + split
     best = tl.load(partial_stats + part * 2, mask=used, other=LOWEST)
@@ -193,14 +195,18 @@ def triton_paged_decode_attention(
     """`paged_decode_attention` in Triton: softmax(scale * q K^T) V, one query a row.
 
     A context is cut into splits of SPLIT_POSITIONS, which programs of their own attend to with the running maximum m
-    and sum l of an online softmax; a second kernel adds them up: sum_i 2^(m_i - m) sums_i / sum_i 2^(m_i - m) l_i. The
-    cuts depend on a row's own length and on the page table's width, never on other rows; nothing is read on the host.
+    and sum l of an online softmax; a second kernel adds them up: sum_i 2^(m_i - m) sums_i / sum_i 2^(m_i - m) l_i.
+    Where rows and heads fill the device, one program takes the whole context: programs without work would cost as much
+    as short contexts do. The cuts follow from shapes and the row's own length, never from other rows' lengths: batches
+    of other sizes differ in rounding, as cuBLAS's do. Nothing is read on the host.
     """
     assert query.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
     assert page_table.stride(1) == 1
     rows, heads, head_size = query.shape
     page_size = key_cache.shape[2]
-    splits = min(cdiv(page_table.shape[1] * page_size, SPLIT_POSITIONS), MAX_SPLITS)
+    room = page_table.shape[1] * page_size
+    splits = max(1, min(cdiv(room, SPLIT_POSITIONS), MAX_SPLITS, ENOUGH_PROGRAMS // (rows * heads)))
+    split_positions = SPLIT_POSITIONS if splits > 1 else cdiv(room, TILE_POSITIONS) * TILE_POSITIONS
     attended = torch.empty_like(query)
     stored = rows if splits > 1 else 0
     partial_sums = query.new_empty(stored, heads, splits, head_size, dtype=torch.float32)
@@ -219,9 +225,9 @@ def triton_paged_decode_attention(
         heads,
         page_table.stride(0),
         splits,
+        split_positions,
         PAGE_SIZE=page_size,
         HEAD_SIZE=head_size,
-        SPLIT=SPLIT_POSITIONS,
         TILE_T=TILE_POSITIONS,
         STAGES=STAGES,
         num_warps=NUM_WARPS,
@@ -234,8 +240,8 @@ def triton_paged_decode_attention(
             attended,
             heads,
             splits,
+            split_positions,
             HEAD_SIZE=head_size,
-            SPLIT=SPLIT_POSITIONS,
             TILE_S=power_of_2(splits),
             num_warps=2,
         )

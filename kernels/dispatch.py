@@ -17,14 +17,10 @@ from kernels.layer_norm import (
     triton_residual_layer_norms,
 )
 from kernels.linear import linear
-from kernels.local_attention import local_attention, triton_local_attention
+from kernels.linear_gelu import linear_gelu, triton_linear_gelu
+from kernels.local_attention import rotary_local_attention, triton_rotary_local_attention
 from kernels.prefill_attention import paged_prefill_attention, triton_paged_prefill_attention
-from kernels.rotary import (
-    rotary_paged_write,
-    rotary_scratch_write,
-    triton_rotary_paged_write,
-    triton_rotary_scratch_write,
-)
+from kernels.rotary import rotary_paged_write, triton_rotary_paged_write
 from kernels.sampler import SamplingTables, sample, triton_sample
 
 OptionalTensor = Tensor | None
@@ -37,15 +33,15 @@ class Kernels:
 
     block_embedding: Callable[[Tensor, Tensor], Tensor]
     linear: Callable[[Tensor, Tensor, OptionalTensor], Tensor]
+    linear_gelu: Callable[[Tensor, Tensor, OptionalTensor], Tensor]
     residual_layer_norms: Callable[
         [Tensor, OptionalTensor, OptionalTensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]
     ]
     residual_layer_norm: Callable[[Tensor, OptionalTensor, OptionalTensor, Tensor, Tensor, float], Tensor]
     rotary_paged_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    rotary_scratch_write: Callable[[Tensor, int, Tensor, Tensor, Tensor], Tensor]
     paged_decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
     paged_prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
-    local_attention: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
+    rotary_local_attention: Callable[[Tensor, int, Tensor, Tensor, Tensor, float], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, SamplingTables], tuple[Tensor, Tensor]]
 
 
@@ -54,13 +50,13 @@ def torch_kernels() -> Kernels:
     return Kernels(
         block_embedding=block_embedding,
         linear=linear,
+        linear_gelu=linear_gelu,
         residual_layer_norms=residual_layer_norms,
         residual_layer_norm=residual_layer_norm,
         rotary_paged_write=rotary_paged_write,
-        rotary_scratch_write=rotary_scratch_write,
         paged_decode_attention=paged_decode_attention,
         paged_prefill_attention=paged_prefill_attention,
-        local_attention=local_attention,
+        rotary_local_attention=rotary_local_attention,
         sample=sample,
     )
 
@@ -75,13 +71,13 @@ def triton_kernels() -> Kernels:
     return Kernels(
         block_embedding=triton_block_embedding,
         linear=linear,
+        linear_gelu=triton_linear_gelu,
         residual_layer_norms=triton_residual_layer_norms,
         residual_layer_norm=triton_residual_layer_norm,
         rotary_paged_write=triton_rotary_paged_write,
-        rotary_scratch_write=triton_rotary_scratch_write,
         paged_decode_attention=triton_paged_decode_attention,
         paged_prefill_attention=triton_paged_prefill_attention,
-        local_attention=triton_local_attention,
+        rotary_local_attention=triton_rotary_local_attention,
         sample=triton_sample,
     )
 

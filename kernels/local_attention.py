@@ -1,24 +1,29 @@
-"""Attention inside one block: the token decoder's, over its scratch cache."""
+"""Attention inside one block: the token decoder's, over its scratch cache.
 
-import torch
+softmax(scale * q K^T + causal mask) V      with q and K rotated by their positions (`kernels.rotary`)
+"""
+
 from torch import Tensor
 
 from kernels.jit import LOG2_E, cdiv, jit, power_of_2, tl
 from kernels.prefill_attention import attend_causal
+from kernels.rotary import load_rotated, rotary_scratch_write
 
-TILE_NUMBERS = 8192
-"""Numbers of keys, and as many of values, that one program holds."""
+TILE_NUMBERS = 1024
+"""Numbers of queries, and as many of keys and of values, that one program holds at a time."""
+NUM_WARPS = 4
 
 
-def local_attention(
-    query: Tensor, key_scratch: Tensor, value_scratch: Tensor, first_position: int, scale: float
+def rotary_local_attention(
+    qkv: Tensor, first_position: int, table: Tensor, key_scratch: Tensor, value_scratch: Tensor, scale: float
 ) -> Tensor:
-    """softmax(scale * q K^T + causal mask) V over the positions of the block being written.
+    """Store the keys and values of new positions in the scratch cache and attend from them to all so far.
 
-    query: [R, S, heads, D]; entry [r, s] sits at position first_position + s and attends to positions 0 up to its own.
-    key_scratch, value_scratch: [rows >= R, heads, P, D], positions 0..first_position+S-1 of rows 0..R-1 written.
-    Returns [R, S, heads, D].
+    qkv: [R, S, heads * 3 * D], overwritten; its entry [r, s] sits at position first_position + s of row r and attends
+    to positions 0 up to its own. table: from `rotary_table`. key_scratch, value_scratch: [rows >= R, heads, P, D],
+    positions in front of first_position written. Returns [R, S, heads, D].
     """
+    query = rotary_scratch_write(qkv, first_position, table, key_scratch, value_scratch)
     rows, length = query.shape[:2]
     end = first_position + length
     keys, values = key_scratch[:rows, :, :end], value_scratch[:rows, :, :end]
@@ -26,8 +31,20 @@ def local_attention(
 
 
 @jit
+def _attend_to(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, best: tl.tensor, total: tl.tensor, sums: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Take one more position into the online softmax of each pair: q, k, v, sums [TILE_N, D]."""
+    score = tl.sum(q * k, 1)
+    new_best = tl.maximum(best, score)
+    kept, weight = tl.exp2(best - new_best), tl.exp2(score - new_best)
+    return new_best, total * kept + weight, sums * kept[:, None] + weight[:, None] * v
+
+
+@jit
 def _attend_pairs(
-    query: tl.tensor,
+    qkv: tl.tensor,
+    table: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
     attended: tl.tensor,
@@ -38,45 +55,64 @@ def _attend_pairs(
     length: tl.tensor,
     places: tl.tensor,
     HEAD_SIZE: tl.constexpr,
+    ROTARY: tl.constexpr,
     TILE_N: tl.constexpr,
-    TILE_P: tl.constexpr,
 ) -> None:
-    """The s-th query of some pairs of row and head, each over its whole scratch cache at once."""
+    """The s-th new position of some pairs of row and head: rotate, store, attend.
+
+    Older positions come from the scratch cache; the new ones in front of the s-th are rotated once more instead, as
+    other programs store them.
+    """
     pair = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     s = tl.program_id(1)
-    dims, position = tl.arange(0, HEAD_SIZE), tl.arange(0, TILE_P)
-    inside = pair < pairs
+    dims = tl.arange(0, HEAD_SIZE)
+    inside = (pair < pairs)[:, None] & (dims < HEAD_SIZE)[None, :]
     pair = pair.to(tl.int64)
-    entry = (pair // heads * length + s) * heads + pair % heads
-    where_query = entry[:, None] * HEAD_SIZE + dims[None, :]
-    q = tl.load(query + where_query, mask=inside[:, None], other=0).to(tl.float32) * scale
-    seen = inside[:, None] & (position <= first_position + s)[None, :]
-    where = (pair[:, None] * places + position[None, :])[:, :, None] * HEAD_SIZE + dims[None, None, :]
-    k = tl.load(keys + where, mask=seen[:, :, None], other=0).to(tl.float32)
-    v = tl.load(values + where, mask=seen[:, :, None], other=0).to(tl.float32)
-    scores = tl.where((position <= first_position + s)[None, :], tl.sum(q[:, None, :] * k, 2), -float("inf"))
-    weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
-    sums = tl.sum(weights[:, :, None] * v, 1)
-    result = sums / tl.sum(weights, 1)[:, None]
-    tl.store(attended + where_query, result.to(attended.dtype.element_ty), mask=inside[:, None])
+    first_entry = pair // heads * length * heads + pair % heads
+    entry = first_entry + s * heads
+    source = qkv + entry * 3 * HEAD_SIZE
+    angles = table + (first_position + s) * ROTARY
+    q = load_rotated(source, angles, dims, inside, ROTARY) * scale
+    k = load_rotated(source + HEAD_SIZE, angles, dims, inside, ROTARY)
+    v = tl.load((source + 2 * HEAD_SIZE)[:, None] + dims[None, :], mask=inside, other=0)
+    where = (pair * places)[:, None] * HEAD_SIZE + dims[None, :]
+    here = where + (first_position + s) * HEAD_SIZE
+    tl.store(keys + here, k.to(keys.dtype.element_ty), mask=inside)
+    tl.store(values + here, v, mask=inside)
+    best = tl.sum(q * k, 1)
+    total = tl.full([TILE_N], 1.0, tl.float32)
+    sums = v.to(tl.float32)
+    for position in range(first_position):
+        k = tl.load(keys + where + position * HEAD_SIZE, mask=inside, other=0).to(tl.float32)
+        v = tl.load(values + where + position * HEAD_SIZE, mask=inside, other=0)
+        best, total, sums = _attend_to(q, k, v.to(tl.float32), best, total, sums)
+    for new in range(s):
+        source = qkv + (first_entry + new * heads) * 3 * HEAD_SIZE
+        k = load_rotated(source + HEAD_SIZE, table + (first_position + new) * ROTARY, dims, inside, ROTARY)
+        v = tl.load((source + 2 * HEAD_SIZE)[:, None] + dims[None, :], mask=inside, other=0)
+        best, total, sums = _attend_to(q, k, v.to(tl.float32), best, total, sums)
+    result = (sums / total[:, None]).to(attended.dtype.element_ty)
+    tl.store(attended + entry[:, None] * HEAD_SIZE + dims[None, :], result, mask=inside)
 
 
-def triton_local_attention(
-    query: Tensor, key_scratch: Tensor, value_scratch: Tensor, first_position: int, scale: float
+def triton_rotary_local_attention(
+    qkv: Tensor, first_position: int, table: Tensor, key_scratch: Tensor, value_scratch: Tensor, scale: float
 ) -> Tensor:
-    """`local_attention` in Triton: softmax(scale * q K^T + causal mask) V over a block's few positions.
+    """`rotary_local_attention` in Triton: softmax(scale * q K^T + causal mask) V over a block's few positions.
 
-    A program holds the whole scratch cache of a few pairs of row and head. Everything contiguous.
+    A program takes one new position of a few pairs of row and head through an online softmax. Everything contiguous;
+    `qkv` is left as it is.
     """
-    assert query.is_contiguous() and key_scratch.is_contiguous() and value_scratch.is_contiguous()
-    rows, length, heads, head_size = query.shape
-    places = key_scratch.shape[2]
+    assert qkv.is_contiguous() and table.is_contiguous()
+    assert key_scratch.is_contiguous() and value_scratch.is_contiguous()
+    rows, length, _width = qkv.shape
+    _rows, heads, places, head_size = key_scratch.shape
     assert first_position + length <= places
-    attended = torch.empty_like(query)
-    tile_p = power_of_2(places)
-    tile_n = min(power_of_2(rows * heads), max(1, TILE_NUMBERS // (tile_p * head_size)))
+    attended = qkv.new_empty(rows, length, heads, head_size)
+    tile_n = min(power_of_2(rows * heads), max(1, TILE_NUMBERS // head_size))
     _attend_pairs[(cdiv(rows * heads, tile_n), length)](
-        query,
+        qkv,
+        table,
         key_scratch,
         value_scratch,
         attended,
@@ -87,8 +123,8 @@ def triton_local_attention(
         length,
         places,
         HEAD_SIZE=head_size,
+        ROTARY=table.shape[1],
         TILE_N=tile_n,
-        TILE_P=tile_p,
-        num_warps=4,
+        num_warps=NUM_WARPS,
     )
     return attended

@@ -60,11 +60,26 @@ def gumbel_noise(seeds: Tensor, generated_index: Tensor, vocab_size: int) -> Ten
 
 
 @jit
+def _gumbel(words: tl.tensor) -> tl.tensor:
+    uniform = ((words >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    return -tl.log(-tl.log(uniform))
+
+
+@jit
 def gumbel_tile(seed: tl.tensor, place: tl.tensor, first: tl.tensor, TILE_V: tl.constexpr) -> tl.tensor:
     """`gumbel_noise` in Triton, for use in a kernel: noise [TILE_V] of the tokens from `first` on, a multiple of 4."""
     groups = first // 4 + tl.arange(0, TILE_V // 4)
     zero = groups * 0
     word0, word1, word2, word3 = tl.philox(seed, groups, zero + place, zero, zero)
     words = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
-    uniform = ((words >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    return -tl.log(-tl.log(uniform))
+    return _gumbel(words)
+
+
+@jit
+def gumbel_at(seed: tl.tensor, place: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+    """`gumbel_noise` in Triton of any tokens, int32; four times the work of `gumbel_tile` for each."""
+    groups, lane = tokens // 4, tokens % 4
+    zero = groups * 0
+    word0, word1, word2, word3 = tl.philox(seed, groups, zero + place, zero, zero)
+    word = tl.where(lane < 2, tl.where(lane == 0, word0, word1), tl.where(lane == 2, word2, word3))
+    return _gumbel(word)

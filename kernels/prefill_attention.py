@@ -1,11 +1,31 @@
 """Attention of prompt chunks over their rows' pages."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.decode_attention import gather_pages
 from kernels.jit import LOG2_E, interpreted, jit, tl
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a program works: on `queries` queries, with `positions` keys and values at a time."""
+
+    queries: int
+    positions: int
+    stages: int
+    """Steps that are loaded ahead, and one."""
+    warps: int
+
+
+TILING = Tiling(128, 64, 3, 8)
+SHORT_TILING = Tiling(64, 64, 3, 4)
+"""For chunks of no more than its queries on average."""
+PRECISE_TILING = Tiling(32, 32, 2, 8)
+"""For fp32, which has no tensor cores: the tiles take twice the registers."""
 
 
 def paged_prefill_attention(
@@ -71,6 +91,56 @@ def _find_chunk(
 
 
 @jit
+def _attend_range(
+    q: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    pages_of_row: tl.tensor,
+    head: tl.tensor,
+    heads: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    query_positions: tl.tensor,
+    scale: tl.tensor,
+    best: tl.tensor,
+    total: tl.tensor,
+    sums: tl.tensor,
+    MASKED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    TILE_T: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Take positions start..end-1 into the online softmax; unless MASKED, every query sees them, and tiles are full."""
+    dims, lanes = tl.arange(0, HEAD_SIZE), tl.arange(0, TILE_T)
+    for first in tl.range(start, end, TILE_T, num_stages=STAGES):
+        positions = first + lanes
+        if MASKED:
+            seen = positions < end
+            pages = tl.load(pages_of_row + positions // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
+        else:
+            pages = tl.load(pages_of_row + positions // PAGE_SIZE).to(tl.int64)
+        where = ((pages * heads + head) * PAGE_SIZE + positions % PAGE_SIZE)[:, None] * HEAD_SIZE + dims[None, :]
+        if MASKED:
+            k = tl.load(keys + where, mask=seen[:, None], other=0).to(q.dtype)
+            v = tl.load(values + where, mask=seen[:, None], other=0).to(q.dtype)
+        else:
+            k = tl.load(keys + where).to(q.dtype)
+            v = tl.load(values + where).to(q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            scores = tl.where(positions[None, :] <= query_positions[:, None], scores, -float("inf"))
+        # The scale is positive, so that the largest score is the largest one scaled.
+        new_best = tl.maximum(best, tl.max(scores, 1) * scale)
+        kept = tl.exp2(best - new_best)
+        weights = tl.exp2(scores * scale - new_best[:, None])
+        total = total * kept + tl.sum(weights, 1)
+        sums = tl.dot(weights.to(q.dtype), v, sums * kept[:, None], input_precision="ieee")
+        best = new_best
+    return best, total, sums
+
+
+@jit
 def _attend_tile(
     query: tl.tensor,
     keys: tl.tensor,
@@ -92,18 +162,22 @@ def _attend_tile(
     TILE_C: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """One head of TILE_Q queries of one chunk, over all positions up to the last query's."""
-    tile, head = tl.program_id(0), tl.program_id(1)
+    """One head of TILE_Q queries of one chunk, over all positions up to the last query's.
+
+    The tiles of a chunk are begun with its last, which has the most to do.
+    """
+    head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     chunk = _find_chunk(chunk_offsets, chunks, tile, TILE_Q, TILE_C)
     offset, end = tl.load(chunk_offsets + chunk), tl.load(chunk_offsets + chunk + 1)
     start = offset + (tile - offset // TILE_Q - chunk) * TILE_Q
     if start >= end:
         return
-    dims, lanes = tl.arange(0, HEAD_SIZE), tl.arange(0, TILE_T)
+    dims = tl.arange(0, HEAD_SIZE)
     entries = start + tl.arange(0, TILE_Q)
     inside = (entries < end)[:, None]
     first_position = tl.load(chunk_positions + chunk) - offset
     context = first_position + tl.minimum(start + TILE_Q, end)
+    seen_by_all = (first_position + start + 1) // TILE_T * TILE_T
     pages_of_row = page_table + tl.load(chunk_rows + chunk).to(tl.int64) * table_stride
     places = (entries.to(tl.int64) * heads + head)[:, None] * HEAD_SIZE + dims[None, :]
     q = tl.load(query + places, mask=inside, other=0)
@@ -112,21 +186,27 @@ def _attend_tile(
     best = tl.full([TILE_Q], -float("inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
     sums = tl.zeros([TILE_Q, HEAD_SIZE], tl.float32)
-    for first in tl.range(0, context, TILE_T, num_stages=STAGES):
-        positions = first + lanes
-        seen = positions < context
-        pages = tl.load(pages_of_row + positions // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
-        where = ((pages * heads + head) * PAGE_SIZE + positions % PAGE_SIZE)[:, None] * HEAD_SIZE + dims[None, :]
-        k = tl.load(keys + where, mask=seen[:, None], other=0).to(q.dtype)
-        v = tl.load(values + where, mask=seen[:, None], other=0).to(q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(positions[None, :] <= (first_position + entries)[:, None], scores, -float("inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        kept = tl.exp2(best - new_best)
-        weights = tl.exp2(scores - new_best[:, None])
-        total = total * kept + tl.sum(weights, 1)
-        sums = tl.dot(weights.to(q.dtype), v, sums * kept[:, None], input_precision="ieee")
-        best = new_best
+    for masked in tl.static_range(2):  # first what all queries see, then the diagonal
+        best, total, sums = _attend_range(
+            q,
+            keys,
+            values,
+            pages_of_row,
+            head,
+            heads,
+            seen_by_all * masked,
+            context if masked else seen_by_all,
+            first_position + entries,
+            scale,
+            best,
+            total,
+            sums,
+            masked,
+            PAGE_SIZE,
+            HEAD_SIZE,
+            TILE_T,
+            STAGES,
+        )
     tl.store(attended + places, (sums / total[:, None]).to(attended.dtype.element_ty), mask=inside)
 
 
@@ -149,10 +229,12 @@ def triton_paged_prefill_attention(
     assert page_table.stride(1) == 1
     length, heads, head_size = query.shape
     chunks = chunk_rows.shape[0]
-    precise = query.dtype == torch.float32
-    tile_q, tile_t = (32, 32) if precise else (64, 64)
+    if query.dtype == torch.float32:
+        tiling = PRECISE_TILING
+    else:
+        tiling = SHORT_TILING if length <= SHORT_TILING.queries * chunks else TILING
     attended = torch.empty_like(query)
-    _attend_tile[(length // tile_q + chunks, heads)](
+    _attend_tile[(heads, length // tiling.queries + chunks)](
         query,
         key_cache,
         value_cache,
@@ -168,10 +250,10 @@ def triton_paged_prefill_attention(
         PAGE_SIZE=key_cache.shape[2],
         HEAD_SIZE=head_size,
         WIDEN=interpreted(),
-        TILE_Q=tile_q,
-        TILE_T=tile_t,
+        TILE_Q=tiling.queries,
+        TILE_T=tiling.positions,
         TILE_C=128,
-        STAGES=2,
-        num_warps=8 if precise else 4,  # without tensor cores the tiles take twice the registers
+        STAGES=tiling.stages,
+        num_warps=tiling.warps,
     )
     return attended

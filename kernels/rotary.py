@@ -71,7 +71,7 @@ def _rotate(qkv: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @jit
-def _load_rotated(
+def load_rotated(
     source: tl.tensor, angles: tl.tensor, dims: tl.tensor, inside: tl.tensor, ROTARY: tl.constexpr
 ) -> tl.tensor:
     """Rotated heads [TILE_H, D]: `source` points at their first numbers [TILE_H], `angles` at the position's row."""
@@ -107,9 +107,9 @@ def _store_heads(
     source = qkv + (entry * heads + head) * 3 * HEAD_SIZE
     to_query = (entry * heads + head)[:, None] * HEAD_SIZE + dims[None, :]
     to_cache = (head * cache_heads)[:, None] * HEAD_SIZE + dims[None, :]
-    rotated = _load_rotated(source, angles, dims, inside, ROTARY)
+    rotated = load_rotated(source, angles, dims, inside, ROTARY)
     tl.store(query + to_query, rotated.to(query.dtype.element_ty), mask=inside)
-    rotated = _load_rotated(source + HEAD_SIZE, angles, dims, inside, ROTARY)
+    rotated = load_rotated(source + HEAD_SIZE, angles, dims, inside, ROTARY)
     tl.store(keys + to_cache, rotated.to(keys.dtype.element_ty), mask=inside)
     value = tl.load(source[:, None] + 2 * HEAD_SIZE + dims[None, :], mask=inside)
     tl.store(values + to_cache, value, mask=inside)
@@ -138,40 +138,6 @@ def _write_paged(
     _store_heads(qkv, angles, query, keys + start, values + start, PAGE_SIZE, entry, heads, HEAD_SIZE, ROTARY, TILE_H)
 
 
-@jit
-def _write_scratch(
-    qkv: tl.tensor,
-    table: tl.tensor,
-    query: tl.tensor,
-    keys: tl.tensor,
-    values: tl.tensor,
-    first_position: tl.tensor,
-    length: tl.tensor,
-    heads: tl.tensor,
-    places: tl.tensor,
-    HEAD_SIZE: tl.constexpr,
-    ROTARY: tl.constexpr,
-    TILE_H: tl.constexpr,
-) -> None:
-    """Some heads of one position, to its place in its row's scratch cache."""
-    entry = tl.program_id(0).to(tl.int64)
-    position = first_position + entry % length
-    start = (entry // length * heads * places + position) * HEAD_SIZE
-    _store_heads(
-        qkv,
-        table + position * ROTARY,
-        query,
-        keys + start,
-        values + start,
-        places,
-        entry,
-        heads,
-        HEAD_SIZE,
-        ROTARY,
-        TILE_H,
-    )
-
-
 def triton_rotary_paged_write(
     qkv: Tensor, positions: Tensor, slots: Tensor, table: Tensor, key_cache: Tensor, value_cache: Tensor
 ) -> Tensor:
@@ -193,35 +159,6 @@ def triton_rotary_paged_write(
         value_cache,
         heads,
         PAGE_SIZE=page_size,
-        HEAD_SIZE=head_size,
-        ROTARY=table.shape[1],
-        TILE_H=tile_h,
-        num_warps=2,
-    )
-    return query
-
-
-def triton_rotary_scratch_write(
-    qkv: Tensor, first_position: int, table: Tensor, key_scratch: Tensor, value_scratch: Tensor
-) -> Tensor:
-    """`rotary_scratch_write` in Triton: as `triton_rotary_paged_write`, into the scratch cache."""
-    assert qkv.is_contiguous() and table.is_contiguous()
-    assert key_scratch.is_contiguous() and value_scratch.is_contiguous()
-    rows, length, _width = qkv.shape
-    _rows, heads, places, head_size = key_scratch.shape
-    assert first_position + length <= places
-    query = qkv.new_empty(rows, length, heads, head_size)
-    tile_h = _heads_of_a_program(heads, head_size)
-    _write_scratch[(rows * length, cdiv(heads, tile_h))](
-        qkv,
-        table,
-        query,
-        key_scratch,
-        value_scratch,
-        first_position,
-        length,
-        heads,
-        places,
         HEAD_SIZE=head_size,
         ROTARY=table.shape[1],
         TILE_H=tile_h,

@@ -10,13 +10,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.jit import jit, power_of_2, tl
-from kernels.philox import gumbel_noise, gumbel_tile
+from kernels.jit import cdiv, power_of_2
+from kernels.philox import gumbel_noise
+from kernels.sampler_candidates import sample_row
+from kernels.sampler_groups import sample_groups
+from kernels.sampler_vocabulary import sample_vocabulary
 
 CPU_FIRST_LARGEST = 256
 """How many of the largest logits top-p looks at before it sorts the vocabulary, which takes ten times as long."""
-MAX_TILE_V = 2048
-"""Tokens that a program looks at together."""
+MIN_GROUP = 16
+"""Fewest tokens of a group."""
+MAX_GROUPS = 1024
+"""Most groups of a row, by which larger vocabularies have larger groups."""
+CAPACITY = 1024
+"""Most candidates of a row that are not a matter of the whole vocabulary."""
+GROUPS_TILE_V = 4096
+CANDIDATES_TILE_V = 1024
+DRAW_TILE = 128
+VOCABULARY_TILE_V = 2048
+"""Tokens that a program looks at together: to find the groups' best scores, to find candidates, to draw from them, and
+to sample with the whole vocabulary."""
+GROUPS_WARPS = 4
+CANDIDATES_WARPS = 4
+VOCABULARY_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -141,206 +157,91 @@ def _weights(scaled: Tensor, best: Tensor, threshold: Tensor) -> Tensor:
     return (scaled - best).double().exp().masked_fill(scaled < threshold, 0)
 
 
-@jit
-def _load_scores(
-    line: tl.tensor, tokens: tl.tensor, vocab_size: tl.tensor, ids: tl.tensor, suppressed: tl.tensor
-) -> tuple[tl.tensor, tl.tensor]:
-    """Logits of some tokens in fp32, as they are and with -inf for the first `suppressed` of `ids`."""
-    raw = tl.load(line + tokens, mask=tokens < vocab_size, other=-float("inf")).to(tl.float32)
-    score = raw
-    for index in range(suppressed):
-        score = tl.where(tokens == tl.load(ids + index), -float("inf"), score)
-    return raw, score
-
-
-@jit
-def _mass_above(
-    line: tl.tensor,
-    vocab_size: tl.tensor,
-    ids: tl.tensor,
-    suppressed: tl.tensor,
-    limit: tl.tensor,
-    best: tl.tensor,
-    inverse: tl.tensor,
-    WEIGHTED: tl.constexpr,
-    TILE_V: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """What the scores from `limit` on add up to, the lowest of them, and the highest one below it.
-
-    Each counts 1, or exp((score - best) * inverse) if WEIGHTED.
-    """
-    sums = tl.zeros([TILE_V], tl.float32)
-    above = tl.full([TILE_V], float("inf"), tl.float32)
-    below = tl.full([TILE_V], -float("inf"), tl.float32)
-    for start in range(0, vocab_size, TILE_V):
-        _raw, score = _load_scores(line, start + tl.arange(0, TILE_V), vocab_size, ids, suppressed)
-        reaches = score >= limit
-        if WEIGHTED:
-            sums += tl.where(reaches, tl.exp((score - best) * inverse), 0.0)
-        else:
-            sums += tl.where(reaches, 1.0, 0.0)
-        above = tl.minimum(above, tl.where(reaches, score, float("inf")))
-        below = tl.maximum(below, tl.where(reaches, -float("inf"), score))
-    # The lanes' sums are short; their own sum must not depend on its order.
-    return tl.sum(sums.to(tl.float64), 0), tl.min(above, 0), tl.max(below, 0)
-
-
-@jit
-def _largest_reaching(
-    line: tl.tensor,
-    vocab_size: tl.tensor,
-    ids: tl.tensor,
-    suppressed: tl.tensor,
-    lowest: tl.tensor,
-    best: tl.tensor,
-    inverse: tl.tensor,
-    needed: tl.tensor,
-    WEIGHTED: tl.constexpr,
-    TILE_V: tl.constexpr,
-) -> tl.tensor:
-    """The largest score t so that what is at least t adds up to `needed`: by bisection from score to score.
-
-    `lowest` reaches it, and is a score, as `best` is; both ends move to a score next to the middle, so that the search
-    ends at the very score, also where the scores lie densely.
-    """
-    low, high = lowest, best
-    while low < high:
-        middle = low * 0.5 + high * 0.5
-        middle = tl.where(middle > low, tl.minimum(middle, high), high)
-        mass, above, below = _mass_above(line, vocab_size, ids, suppressed, middle, best, inverse, WEIGHTED, TILE_V)
-        low, high = tl.where(mass >= needed, above, low), tl.where(mass >= needed, high, below)
-    return low
-
-
-@jit
-def _lowest_kept(
-    line: tl.tensor,
-    vocab_size: tl.tensor,
-    ids: tl.tensor,
-    suppressed: tl.tensor,
-    lowest: tl.tensor,
-    best: tl.tensor,
-    temperature: tl.tensor,
-    top_k: tl.tensor,
-    top_p: tl.tensor,
-    min_p: tl.tensor,
-    TILE_V: tl.constexpr,
-) -> tl.tensor:
-    """`lowest_kept` of one row in Triton, as a threshold on its scores in front of the temperature."""
-    inverse = 1.0 / temperature
-    threshold = lowest
-    if top_k > 0:
-        threshold = _largest_reaching(
-            line, vocab_size, ids, suppressed, threshold, best, inverse, top_k.to(tl.float64), False, TILE_V
-        )
-    if top_p < 1:
-        mass, _above, _below = _mass_above(line, vocab_size, ids, suppressed, threshold, best, inverse, True, TILE_V)
-        needed = top_p.to(tl.float64) * mass
-        threshold = _largest_reaching(line, vocab_size, ids, suppressed, threshold, best, inverse, needed, True, TILE_V)
-    if min_p > 0:
-        threshold = tl.maximum(threshold, best + temperature * tl.log(min_p))
-    return threshold
-
-
-@jit
-def _sample_row(
-    logits: tl.tensor,
-    row_index: tl.tensor,
-    generated_index: tl.tensor,
-    temperatures: tl.tensor,
-    top_ks: tl.tensor,
-    top_ps: tl.tensor,
-    min_ps: tl.tensor,
-    seeds: tl.tensor,
-    suppress_until: tl.tensor,
-    suppressed_ids: tl.tensor,
-    tokens: tl.tensor,
-    finite: tl.tensor,
-    stride: tl.tensor,
-    vocab_size: tl.tensor,
-    suppressed_width: tl.tensor,
-    TILE_V: tl.constexpr,
-) -> None:
-    """One row: the best of its scores, and if it samples, the best of what its thresholds leave and noise perturbs."""
-    entry = tl.program_id(0).to(tl.int64)
-    row = tl.load(row_index + entry).to(tl.int64)
-    place = tl.load(generated_index + entry)
-    temperature = tl.load(temperatures + row)
-    line = logits + entry * stride
-    ids = suppressed_ids + row * suppressed_width
-    suppressed = tl.where(place < tl.load(suppress_until + row), suppressed_width, 0)
-    lanes = tl.arange(0, TILE_V)
-    best_of_lane = tl.full([TILE_V], -float("inf"), tl.float32)
-    token_of_lane = tl.zeros([TILE_V], tl.int32)
-    lowest = tl.full([TILE_V], float("inf"), tl.float32)
-    wrong = tl.zeros([TILE_V], tl.int32)
-    for start in range(0, vocab_size, TILE_V):
-        raw, score = _load_scores(line, start + lanes, vocab_size, ids, suppressed)
-        wrong = tl.where(raw < float("inf"), wrong, 1)  # NaN compares as false
-        token_of_lane = tl.where(score > best_of_lane, start + lanes, token_of_lane)
-        best_of_lane = tl.maximum(best_of_lane, score)
-        lowest = tl.minimum(lowest, tl.where(score > -float("inf"), score, float("inf")))
-    best = tl.max(best_of_lane, 0)
-    token = tl.min(tl.where(best_of_lane == best, token_of_lane, vocab_size), 0)
-    good = (tl.max(wrong, 0) == 0) & (best > -float("inf"))
-    if good & (temperature > 0):
-        threshold = _lowest_kept(
-            line,
-            vocab_size,
-            ids,
-            suppressed,
-            tl.min(lowest, 0),
-            best,
-            temperature,
-            tl.load(top_ks + row),
-            tl.load(top_ps + row),
-            tl.load(min_ps + row),
-            TILE_V,
-        )
-        seed = tl.load(seeds + row)
-        best_of_lane = tl.full([TILE_V], -float("inf"), tl.float32)
-        for start in range(0, vocab_size, TILE_V):
-            _raw, score = _load_scores(line, start + lanes, vocab_size, ids, suppressed)
-            perturbed = tl.div_rn(score, temperature) + gumbel_tile(seed, place, start, TILE_V)
-            perturbed = tl.where(score >= threshold, perturbed, -float("inf"))
-            token_of_lane = tl.where(perturbed > best_of_lane, start + lanes, token_of_lane)
-            best_of_lane = tl.maximum(best_of_lane, perturbed)
-        best = tl.max(best_of_lane, 0)
-        token = tl.min(tl.where(best_of_lane == best, token_of_lane, vocab_size), 0)
-        good = tl.abs(best) < float("inf")
-    tl.store(tokens + entry, tl.where(good, token, 0))
-    tl.store(finite + entry, good)
-
-
 def triton_sample(
     logits: Tensor, row_index: Tensor, generated_index: Tensor, tables: SamplingTables
 ) -> tuple[Tensor, Tensor]:
-    """`sample` in Triton: argmax over the kept ids of logit / temperature + Gumbel noise, one program a row.
+    """`sample` in Triton, in three kernels; each row's work depends on its own logits and settings only.
 
-    Greedy rows leave after one reading of their logits. The thresholds are found by bisection, without sorting.
+    The first reads all logits, many programs a row, for the best score of each group of tokens. The second has a
+    program a row: it finishes greedy rows from the best group, and rows that sample from few candidates. The third
+    finishes the others, again a program a row.
     """
     assert logits.stride(1) == 1
     assert all(table.is_contiguous() for table in vars(tables).values())
     rows, vocab_size = logits.shape
-    tokens = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    finite = torch.empty(rows, dtype=torch.bool, device=logits.device)
-    _sample_row[(rows,)](
+    device = logits.device
+    group, tile_groups, tiles = _groups(vocab_size)
+    width = tiles * tile_groups
+    maxima = torch.empty(rows, width, dtype=torch.float32, device=device)
+    masses = torch.empty(rows, tiles, 2, dtype=torch.float32, device=device)
+    group_lists = torch.empty(rows, width, dtype=torch.int32, device=device)
+    candidate_scores = torch.empty(rows, CAPACITY, dtype=torch.float32, device=device)
+    candidate_tokens = torch.empty(rows, CAPACITY, dtype=torch.int32, device=device)
+    tokens = torch.empty(rows, dtype=torch.int32, device=device)
+    finite = torch.empty(rows, dtype=torch.bool, device=device)
+    suppression = tables.suppress_until, tables.suppressed_ids
+    settings = tables.temperature, tables.top_k, tables.top_p, tables.min_p, tables.seed, *suppression
+    sizes = logits.stride(0), vocab_size, tables.suppressed_ids.shape[1]
+    sample_groups[(rows * tiles,)](
         logits,
         row_index,
         generated_index,
         tables.temperature,
         tables.top_k,
         tables.top_p,
-        tables.min_p,
-        tables.seed,
-        tables.suppress_until,
-        tables.suppressed_ids,
+        *suppression,
+        maxima,
+        masses,
+        *sizes,
+        tiles,
+        GROUP=group,
+        TILE_G=tile_groups,
+        num_warps=GROUPS_WARPS,
+    )
+    sample_row[(rows,)](
+        logits,
+        row_index,
+        generated_index,
+        *settings,
+        maxima,
+        masses,
+        group_lists,
+        candidate_scores,
+        candidate_tokens,
         tokens,
         finite,
-        logits.stride(0),
-        vocab_size,
-        tables.suppressed_ids.shape[1],
-        TILE_V=max(16, min(power_of_2(vocab_size), MAX_TILE_V)),
-        num_warps=8,
+        *sizes,
+        width,
+        tiles,
+        GROUP=group,
+        GROUPS=power_of_2(width),
+        TILES=power_of_2(tiles),
+        TILE_V=max(group, CANDIDATES_TILE_V),
+        TILE_C=DRAW_TILE,
+        CAPACITY=CAPACITY,
+        num_warps=CANDIDATES_WARPS,
+    )
+    sample_vocabulary[(rows,)](
+        logits,
+        row_index,
+        generated_index,
+        *settings,
+        maxima,
+        tokens,
+        finite,
+        *sizes,
+        width,
+        GROUP=group,
+        GROUPS=power_of_2(width),
+        TILE_V=max(group, min(power_of_2(vocab_size), VOCABULARY_TILE_V)),
+        num_warps=VOCABULARY_WARPS,
     )
     return tokens, finite
+
+
+def _groups(vocab_size: int) -> tuple[int, int, int]:
+    """Tokens of a group, groups of a tile, and tiles of a row."""
+    group = max(MIN_GROUP, power_of_2(vocab_size) // MAX_GROUPS)
+    groups = cdiv(vocab_size, group)
+    tile_groups = min(power_of_2(groups), max(1, GROUPS_TILE_V // group))
+    return group, tile_groups, cdiv(groups, tile_groups)

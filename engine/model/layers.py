@@ -7,7 +7,6 @@ values live: it hands each layer's fused projection to the decoder's own attenti
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import DecoderConfig
@@ -110,5 +109,6 @@ class LayerStack:
             attention = self.linear(
                 attend(index, self.linear(for_attention, layer.query_key_value)), layer.attention_out
             )
-            ffn = self.linear(F.gelu(self.linear(for_ffn, layer.ffn_up)), layer.ffn_down)
+            inner = self.kernels.linear_gelu(for_ffn, layer.ffn_up.weight, layer.ffn_up.bias)
+            ffn = self.linear(inner, layer.ffn_down)
         return x, attention, ffn

@@ -71,11 +71,15 @@ class TokenDecoder:
         rows, length, width = x.shape
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            keys, values = scratch.keys[layer], scratch.values[layer]
-            query = self._kernels.rotary_scratch_write(
-                qkv.view(rows, length, -1), first_position, self._rotary, keys, values
+            attended = self._kernels.rotary_local_attention(
+                qkv.view(rows, length, -1),
+                first_position,
+                self._rotary,
+                scratch.keys[layer],
+                scratch.values[layer],
+                self._scale,
             )
-            return self._kernels.local_attention(query, keys, values, first_position, self._scale).reshape(-1, width)
+            return attended.reshape(-1, width)
 
         return self._stack.forward(x.reshape(-1, width), attend).view(rows, length, width)
 

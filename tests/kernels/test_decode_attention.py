@@ -85,6 +85,22 @@ def test_splits(
         assert_exact_as_torch(attended[index, None], attention, *inputs, [length - 1], 0.3)
 
 
+def test_many_rows_are_not_cut(triton_kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many programs as are enough, no more: with one of them a head, there is nothing to add up."""
+    monkeypatch.setattr(decode_attention, "SPLIT_POSITIONS", 64)
+    monkeypatch.setattr(decode_attention, "_combine_splits", None)
+    monkeypatch.setattr(decode_attention, "ENOUGH_PROGRAMS", 7)
+    lengths = [300, 1, 64, 129]
+    pages = fill_pages(lengths, 1, 16, 8, torch.float32)
+    query = random(4, 1, 16, seed=99)
+    attended = triton_kernels.paged_decode_attention(
+        query, pages.key_cache, pages.value_cache, pages.page_table, pages.rows, int32(lengths), 0.3
+    )
+    for index, length in enumerate(lengths):
+        inputs = query[index, None], pages.keys[index], pages.values[index]
+        assert_exact_as_torch(attended[index, None], attention, *inputs, [length - 1], 0.3)
+
+
 def test_a_long_row_changes_no_bit_of_the_others(triton_kernels: Kernels) -> None:
     lengths = [5, 1500, 530, 90]
     pages = fill_pages(lengths, 1, 32, 16, torch.float32)

@@ -1,25 +1,54 @@
-"""Attention inside a block against the formula."""
+"""Attention inside a block against the formula, and what it stores."""
 
 import pytest
 import torch
 
 from kernels.dispatch import Kernels
+from kernels.rotary import rotary_table
 from tests.kernels.reference import DTYPES, assert_exact_as_torch, attention, random
+from tests.kernels.test_rotary import BASE, SHAPES, rotated
+
+
+def attention_of_rotated(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: list[int],
+    dims: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of new positions [S, heads, D] to themselves and to older ones [T, heads, D]."""
+    seen_keys = torch.cat((keys, rotated(key, positions, dims)))
+    return attention(rotated(query, positions, dims), seen_keys, torch.cat((values, value)), positions, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "head_size"), [(1, 16), (3, 32), (2, 64), (5, 128)])
+@pytest.mark.parametrize(("heads", "head_size", "dims"), SHAPES)
 @pytest.mark.parametrize(("rows", "length", "first"), [(1, 1, 0), (1, 1, 4), (4, 2, 0), (3, 3, 2), (2, 5, 0)])
 def test_causal(
-    kernels: Kernels, dtype: torch.dtype, heads: int, head_size: int, rows: int, length: int, first: int
+    kernels: Kernels, dtype: torch.dtype, heads: int, head_size: int, dims: int, rows: int, length: int, first: int
 ) -> None:
-    query = random(rows, length, heads, head_size, dtype=dtype)
-    keys, values = (random(rows + 2, heads, 5, head_size, dtype=dtype, seed=seed) for seed in (1, 2))
-    keys[rows:], values[rows:] = torch.nan, torch.nan
-    keys[:, :, first + length :], values[:, :, first + length :] = torch.nan, torch.nan
+    qkv = random(rows, length, heads * 3 * head_size, dtype=dtype)
+    parts = qkv.clone().view(rows, length, heads, 3, head_size)
+    scratch = [torch.full((rows + 2, heads, 6, head_size), torch.nan, dtype=dtype) for _ in range(2)]
+    for seed, cache in enumerate(scratch):
+        cache[:rows, :, :first] = random(rows, heads, first, head_size, dtype=dtype, seed=seed + 1)
+    before = [cache.clone() for cache in scratch]
+    table = rotary_table(6, dims, BASE, torch.device("cpu"))
     scale = head_size**-0.5
-    attended = kernels.local_attention(query, keys, values, first, scale)
+    attended = kernels.rotary_local_attention(qkv, first, table, scratch[0], scratch[1], scale)
+    assert attended.shape == (rows, length, heads, head_size)
     positions = list(range(first, first + length))
     for row in range(rows):
-        inputs = query[row], keys[row].transpose(0, 1), values[row].transpose(0, 1)
-        assert_exact_as_torch(attended[row], attention, *inputs, positions, scale)
+        older = [cache[row, :, :first].transpose(0, 1) for cache in before]
+        assert_exact_as_torch(
+            attended[row], attention_of_rotated, *parts[row].unbind(2), *older, positions, dims, scale
+        )
+    written = [cache[:rows, :, first : first + length].transpose(1, 2).flatten(0, 1) for cache in scratch]
+    assert_exact_as_torch(written[0], rotated, parts[:, :, :, 1].flatten(0, 1), positions * rows, dims)
+    assert torch.equal(written[1], parts[:, :, :, 2].flatten(0, 1))
+    for cache, old in zip(scratch, before, strict=True):
+        cache[:rows, :, first : first + length] = torch.nan
+        assert torch.equal(cache.nan_to_num(9.0), old.nan_to_num(9.0)), "other places are not to be touched"

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import Kernels
-from kernels.rotary import rotary_table
+from kernels.rotary import rotary_scratch_write, rotary_table
 from tests.kernels.reference import DTYPES, assert_exact_as_torch, int32, random
 
 BASE = 10000.0
@@ -61,14 +61,14 @@ def test_paged_write(
 @pytest.mark.parametrize(("heads", "head_size", "dims"), SHAPES)
 @pytest.mark.parametrize(("rows", "length", "first"), [(1, 1, 0), (2, 3, 0), (3, 2, 4), (2, 1, 5)])
 def test_scratch_write(
-    kernels: Kernels, dtype: torch.dtype, heads: int, head_size: int, dims: int, rows: int, length: int, first: int
+    dtype: torch.dtype, heads: int, head_size: int, dims: int, rows: int, length: int, first: int
 ) -> None:
     qkv = random(rows, length, heads * 3 * head_size, dtype=dtype)
     parts = qkv.clone().view(rows * length, heads, 3, head_size)
     positions = [first + place for _ in range(rows) for place in range(length)]
     scratch = [torch.full((rows + 1, heads, 6, head_size), 9.0, dtype=dtype) for _ in range(2)]
     table = rotary_table(6, dims, BASE, torch.device("cpu"))
-    query = kernels.rotary_scratch_write(qkv, first, table, scratch[0], scratch[1])
+    query = rotary_scratch_write(qkv, first, table, scratch[0], scratch[1])
     assert query.shape == (rows, length, heads, head_size)
     assert_exact_as_torch(query.flatten(0, 1), rotated, parts[:, :, 0], positions, dims)
     written = [cache[:rows, :, first : first + length].transpose(1, 2).flatten(0, 1) for cache in scratch]

@@ -1,6 +1,7 @@
 """The sampler against a plain one in Python, rule by rule."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from kernels.dispatch import Kernels
 from kernels.philox import gumbel_noise
 from kernels.sampler import SamplingTables, perturbed_scores, sample
-from tests.kernels.reference import int32, random
+from kernels.sampler_vocabulary import GREATEST_NOISE
+from tests.kernels.reference import DTYPES, int32, random
 
 INF = math.inf
 
@@ -65,6 +67,13 @@ def test_greedy_takes_the_best_and_the_lowest_of_equals(kernels: Kernels, dtype:
     tokens, finite = kernels.sample(logits, int32([1, 0]), int32([0, 9]), tables([0.0, 0.0]))
     assert tokens.tolist() == [1, 0]
     assert finite.tolist() == [True, True]
+
+
+def test_greedy_takes_the_lowest_of_equals_far_apart(kernels: Kernels) -> None:
+    logits = random(2, 4500)
+    logits[0, [4499, 1203, 1202, 4000]] = 9.0
+    tokens, _ = kernels.sample(logits, int32([0, 1]), int32([0, 0]), tables([0.0, 0.0]))
+    assert tokens.tolist() == [1202, int(logits[1].argmax())]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -222,13 +231,11 @@ def kinds_of_rows(rows: int) -> SamplingTables:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("vocab_size", "scale"), [(5, 1.0), (300, 3.0), (2049, 0.2), (4500, 2.0)])
-def test_triton_chooses_as_the_twin(triton_kernels: Kernels, dtype: torch.dtype, vocab_size: int, scale: float) -> None:
-    rows = 420 if torch.cuda.is_available() else 35
-    settings = kinds_of_rows(rows)
-    logits = random(rows, vocab_size, scale=scale, dtype=dtype, seed=vocab_size)
-    row_index = torch.randperm(rows, generator=torch.Generator().manual_seed(3)).int()
+def assert_chosen_as_by_the_twin(
+    triton_kernels: Kernels, logits: Tensor, settings: SamplingTables, row_index: Tensor | None = None
+) -> None:
+    rows = len(logits)
+    row_index = torch.arange(rows).int() if row_index is None else row_index
     places = torch.arange(rows).int() % 6
     tokens, finite = triton_kernels.sample(logits, row_index, places, settings)
     assert finite.all()
@@ -237,6 +244,138 @@ def test_triton_chooses_as_the_twin(triton_kernels: Kernels, dtype: torch.dtype,
     chosen = scores.gather(1, tokens.long()[:, None]).squeeze(1)
     assert (best - chosen <= 1e-5 * (1 + best.abs())).all(), "nothing but rounding may tell two scores apart"
     assert int((tokens != scores.argmax(-1)).sum()) <= rows // 100
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("vocab_size", "scale"), [(5, 1.0), (300, 3.0), (2049, 0.2), (4500, 2.0)])
+def test_triton_chooses_as_the_twin(triton_kernels: Kernels, dtype: torch.dtype, vocab_size: int, scale: float) -> None:
+    rows = 420 if torch.cuda.is_available() else 35
+    logits = random(rows, vocab_size, scale=scale, dtype=dtype, seed=vocab_size)
+    row_index = torch.randperm(rows, generator=torch.Generator().manual_seed(3)).int()
+    assert_chosen_as_by_the_twin(triton_kernels, logits, kinds_of_rows(rows), row_index)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_top_k_of_any_size(triton_kernels: Kernels, dtype: torch.dtype) -> None:
+    """Of 282 groups: fewer, as many and more; more candidates than are listed; more than the vocabulary."""
+    top_k = [1, 2, 50, 281, 282, 283, 1000, 1024, 1025, 4500, 9999]
+    rows = 2 * len(top_k)
+    settings = tables(
+        temperature=[(1.0, 0.6, 3.0)[row % 3] for row in range(rows)],
+        top_k=top_k * 2,
+        top_p=[(1.0, 1e-9, 0.5, 0.9, 1 - 1e-6)[row % 5] for row in range(rows)],
+        min_p=[(0.0, 0.01)[row // 2 % 2] for row in range(rows)],
+    )
+    assert_chosen_as_by_the_twin(triton_kernels, random(rows, 4500, dtype=dtype), settings)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"), [(3, 1.0, 0.0), (8, 0.45, 0.0), (8, 1.0, 0.9), (8, 0.8, 0.92), (5000, 1.0, 0.9)]
+)
+def test_triton_draws_all_that_is_kept_and_nothing_else(
+    triton_kernels: Kernels, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Many draws of few tokens that are all likely, most of them in one group, behind which come many unlikely ones."""
+    rows, temperature = 60, 20.0
+    logits = random(1, 4500, scale=0.1)
+    logits[0, 1600:1612] = 7 - torch.arange(12) / 4
+    settings = tables([temperature] * rows, [top_k] * rows, [top_p] * rows, [min_p] * rows)
+    tokens, finite = triton_kernels.sample(
+        logits.expand(rows, -1), torch.arange(rows).int(), int32([0] * rows), settings
+    )
+    assert finite.all()
+    kept = kept_ids(logits[0], temperature, top_k, top_p, min_p)
+    assert 1 < len(kept) < 10
+    assert set(tokens.tolist()) == kept
+
+
+@pytest.mark.parametrize("equals", [2, 40, 1000, 1100, 4000])
+def test_triton_draws_from_all_that_equal_the_last_of_top_k(triton_kernels: Kernels, equals: int) -> None:
+    """Also where there are more of them than candidates are listed."""
+    rows = 24
+    logits = random(rows, 4500, scale=0.01, dtype=torch.bfloat16)
+    where = torch.randperm(4500, generator=torch.Generator().manual_seed(equals))[:equals]
+    logits[:, where] = 1.0
+    logits[:, 17] = 1.5
+    assert_chosen_as_by_the_twin(triton_kernels, logits, tables([1.0] * rows, top_k=[2] * rows))
+
+
+def test_triton_keeps_what_the_temperature_makes_equal(triton_kernels: Kernels) -> None:
+    rows, temperature, top_k = 40, 0.9, 3
+    logits = torch.full((1, 3000), -5.0)
+    logits[0, 100:1700:100] = 1.9 + torch.arange(16) * 2**-23
+    scaled = logits[0] / temperature
+    kept = set((scaled >= scaled.topk(top_k).values[-1]).nonzero().squeeze(1).tolist())
+    assert top_k < len(kept) < 16
+    settings = tables([temperature] * rows, top_k=[top_k] * rows)
+    tokens, finite = triton_kernels.sample(
+        logits.expand(rows, -1), torch.arange(rows).int(), int32([0] * rows), settings
+    )
+    assert finite.all()
+    assert set(tokens.tolist()) == kept
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_triton_suppresses_in_the_best_groups(triton_kernels: Kernels, temperature: float) -> None:
+    """The k-th best group is another one then, and groups without any token to choose are none."""
+    rows, best = 12, [4499, 3000, 17]
+    logits = random(rows, 4500)
+    for height, token in enumerate(best):
+        logits[:, token] = 9.0 - height
+    settings = tables(
+        [temperature] * rows, top_k=[1, 2, 3] * 4, suppress_until=[0, 9] * 6, suppressed_ids=[best[:2]] * rows
+    )
+    assert_chosen_as_by_the_twin(triton_kernels, logits, settings)
+    tokens, _ = triton_kernels.sample(logits[:1], int32([1]), int32([0]), settings)
+    assert int(tokens[0]) not in best[:2]
+
+
+def test_triton_top_k_of_more_than_the_groups_with_a_token(triton_kernels: Kernels) -> None:
+    """All tokens that can be chosen are in three groups, so that there is no k-th best group."""
+    rows = 24
+    logits = torch.full((rows, 4500), -INF)
+    logits[:, 160:200] = random(rows, 40, scale=0.1)
+    assert_chosen_as_by_the_twin(triton_kernels, logits, tables([1.0] * rows, top_k=[20] * rows))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, INF])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_triton_finds_what_is_not_finite_anywhere(
+    triton_kernels: Kernels, temperature: float, bad: float, top_k: int
+) -> None:
+    logits = random(4, 4500)
+    logits[1, 4499] = bad
+    logits[2, 2000] = bad
+    settings = tables([temperature] * 4, top_k=[top_k] * 4, suppress_until=[9] * 4, suppressed_ids=[[-1, 2000]] * 4)
+    tokens, finite = triton_kernels.sample(logits, int32([0, 1, 2, 3]), int32([0] * 4), settings)
+    assert finite.tolist() == [True, False, False, True]
+    assert tokens[1:3].tolist() == [0, 0]
+
+
+class NotLaunched:
+    """In place of a kernel."""
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return lambda *_arguments, **_sizes: None
+
+
+def test_few_candidates_do_without_the_whole_vocabulary(
+    triton_kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernels.sampler.sample_vocabulary", NotLaunched())
+    settings = tables(
+        temperature=[0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 1.0, 1.0, 0.2],
+        top_k=[0, 1, 50, 200, 300, 0, 0, 0, 0, 0],
+        top_p=[0.9, 1.0, 0.9, 1.0, 1.0, 1.0, 0.9, 0.9, 1.0, 0.9],
+        min_p=[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.1],
+    )
+    few = [True, True, True, True, False, False, True, False, True, True]
+    rows = len(few)
+    logits = random(rows, 4500, dtype=torch.bfloat16)
+    tokens, finite = triton_kernels.sample(logits, torch.arange(rows).int(), int32([0] * rows), settings)
+    assert finite.all()
+    assert [token >= 0 for token in tokens.tolist()] == few
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -251,3 +390,20 @@ def test_triton_thresholds_of_logits_of_any_size(triton_kernels: Kernels, scale:
         drawn.add(int(tokens[0]))
     assert drawn <= set(best_three)
     assert (len(drawn) > 1) == (scale < 1)
+
+
+def test_triton_draws_from_a_tile_that_only_its_noise_makes_win(triton_kernels: Kernels) -> None:
+    """The last tile is far below the first, and its token has the greatest noise of many places."""
+    assert -math.log(-math.log(1 - 2**-24)) < GREATEST_NOISE.value
+    token, seed, many = 4400, 11, 500
+    noise = gumbel_noise(torch.full((many,), seed), torch.arange(many).int(), token + 4)[:, token]
+    place = int(noise.argmax())
+    greatest = float(noise[place])
+    assert greatest > 5
+    first = float(gumbel_noise(torch.tensor([seed]), int32([place]), 1)[0, 0])
+    for behind, expected in ((0.01, token), (-0.01, 0)):
+        logits = torch.full((1, 4500), -1000.0)
+        logits[0, 0] = 0.0
+        logits[0, token] = first - greatest + behind
+        settings = tables([1.0], seed=[seed])
+        assert one_row(triton_kernels, logits[0].tolist(), settings, place=place) == (expected, True)

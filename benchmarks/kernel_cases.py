@@ -1,0 +1,239 @@
+"""What `benchmarks.kernels` times: each operation at the shapes of the served models."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import Kernels
+from kernels.rotary import rotary_table
+from kernels.sampler import SamplingTables
+
+PAGE_SIZE = 16
+VOCAB_SIZE = 50304
+DTYPE = torch.bfloat16
+CUDA = torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape: what to run, and the fewest bytes or operations that it takes."""
+
+    op: str
+    shape: str
+    run: Callable[[], object]
+    bytes: float = 0.0
+    flops: float = 0.0
+
+
+def cases(kernels: Kernels, only: str) -> Iterator[Case]:
+    """The cases of operations whose name contains `only`, made one after another."""
+    for make in (
+        _decode_cases,
+        _prefill_cases,
+        _local_cases,
+        _rotary_cases,
+        _row_cases,
+        _product_cases,
+        _few_rows_cases,
+        _sampler_cases,
+    ):
+        yield from make(kernels, only)
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=DTYPE, device=CUDA)
+
+
+def _int32(values: object) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.int32, device=CUDA)
+
+
+def _pages(contexts: list[int], heads: int, head_size: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Caches and a page table, `width` pages a row, whose pages lie in random order."""
+    needed = [-(-context // PAGE_SIZE) for context in contexts]
+    order = 1 + torch.randperm(sum(needed))
+    table = torch.zeros(len(contexts), width, dtype=torch.int32)
+    for row, (pages, part) in enumerate(zip(needed, order.split(needed), strict=True)):
+        table[row, :pages] = part
+    shape = (sum(needed) + 1, heads, PAGE_SIZE, head_size)
+    return _random(*shape), _random(*shape), table.to(CUDA)
+
+
+def _decode_cases(kernels: Kernels, only: str) -> Iterator[Case]:
+    op = "paged_decode_attention"
+    ragged = [256 + 577 * row % 321 for row in range(1024)]
+    for name, contexts, heads, head_size, width in (
+        ("1024 rows, context 288, 16 heads of 128", [288] * 1024, 16, 128, 36),
+        ("1024 rows, context 256..576, 16 heads of 128", ragged, 16, 128, 36),
+        ("1024 rows, context 288, 16 heads of 128, room for 8192", [288] * 1024, 16, 128, 512),
+        ("300 rows, context 2304, 16 heads of 128", [2304] * 300, 16, 128, 144),
+        ("2048 rows, context 288, 16 heads of 64", [288] * 2048, 16, 64, 36),
+        ("4096 rows, context 288, 12 heads of 64", [288] * 4096, 12, 64, 36),
+        ("1 row, context 544, 16 heads of 128", [544], 16, 128, 36),
+    ):
+        if only not in op:
+            continue
+        keys, values, table = _pages(contexts, heads, head_size, width)
+        rows = len(contexts)
+        query = _random(rows, heads, head_size)
+        arguments = query, keys, values, table, _int32(range(rows)), _int32(contexts), head_size**-0.5
+        numbers = heads * head_size * 2 * (sum(contexts) + rows)
+        yield Case(op, name, partial(kernels.paged_decode_attention, *arguments), bytes=numbers * DTYPE.itemsize)
+
+
+def _prefill_cases(kernels: Kernels, only: str) -> Iterator[Case]:
+    op = "paged_prefill_attention"
+    for name, starts, length, heads, head_size in (
+        ("32 prompts of 512, 16 heads of 128", [0] * 32, 512, 16, 128),
+        ("8 prompts of 2048, 16 heads of 128", [0] * 8, 2048, 16, 128),
+        ("32 prompts of 512, 16 heads of 64", [0] * 32, 512, 16, 64),
+        ("512 prompts of 32, 16 heads of 128", [0] * 512, 32, 16, 128),
+        ("4 chunks of 512 behind 1536, 16 heads of 128", [1536] * 4, 512, 16, 128),
+    ):
+        if only not in op:
+            continue
+        chunks = len(starts)
+        keys, values, table = _pages(
+            [start + length for start in starts], heads, head_size, -(-(starts[0] + length) // PAGE_SIZE)
+        )
+        query = _random(chunks * length, heads, head_size)
+        offsets = _int32(range(0, chunks * length + 1, length))
+        arguments = query, keys, values, table, _int32(range(chunks)), offsets, _int32(starts), head_size**-0.5
+        pairs = sum(length * start + length * (length + 1) / 2 for start in starts)
+        yield Case(op, name, partial(kernels.paged_prefill_attention, *arguments), flops=4 * pairs * heads * head_size)
+
+
+def _local_cases(kernels: Kernels, only: str) -> Iterator[Case]:
+    op = "rotary_local_attention"
+    for rows, heads, head_size, length, first in (
+        (1024, 16, 128, 2, 0),
+        (1024, 16, 128, 1, 2),
+        (1024, 16, 128, 1, 4),
+        (2048, 16, 64, 1, 4),
+        (4096, 12, 64, 1, 4),
+    ):
+        if only not in op:
+            continue
+        keys, values = (_random(rows, heads, 5, head_size) for _ in range(2))
+        qkv = _random(rows, length, heads * 3 * head_size)
+        table = rotary_table(5, head_size // 4, 10000.0, CUDA)
+        yield Case(
+            op,
+            f"{rows} rows, {length} behind {first}, {heads} heads of {head_size}",
+            partial(kernels.rotary_local_attention, qkv, first, table, keys, values, head_size**-0.5),
+            bytes=rows * heads * head_size * (6 * length + 2 * first) * DTYPE.itemsize,
+        )
+
+
+def _rotary_cases(kernels: Kernels, only: str) -> Iterator[Case]:
+    for rows, heads, head_size in ((1024, 16, 128), (16384, 16, 128), (2048, 16, 64)):
+        if only not in "rotary_paged_write":
+            continue
+        qkv = _random(rows, heads * 3 * head_size)
+        table = rotary_table(1024, head_size // 4, 1e4, CUDA)
+        keys, values, _ = _pages([PAGE_SIZE] * rows, heads, head_size, 1)
+        slots = (1 + torch.randperm(rows, device=CUDA)) * PAGE_SIZE + 5
+        arguments = qkv, torch.randint(1024, (rows,), device=CUDA).int(), slots, table, keys, values
+        yield Case(
+            "rotary_paged_write",
+            f"{rows} positions, {heads} heads of {head_size}",
+            partial(kernels.rotary_paged_write, *arguments),
+            bytes=2 * qkv.nbytes,
+        )
+
+
+def _row_cases(kernels: Kernels, only: str) -> Iterator[Case]:
+    """Kernels that work on whole rows of the residual stream."""
+    if only not in "residual_layer_norms block_embedding":
+        return
+    for rows, width in ((1024, 2048), (2048, 2048), (2048, 1024), (4096, 768), (16384, 2048)):
+        x, attention, ffn = (_random(rows, width) for _ in range(3))
+        weights = _random(width), _random(width), _random(width), _random(width)
+        yield Case(
+            "residual_layer_norms",
+            f"{rows} x {width}",
+            partial(kernels.residual_layer_norms, x, attention, ffn, *weights, 1e-5),
+            bytes=6 * x.nbytes,
+        )
+    for blocks, width in ((1024, 512), (16384, 512)):
+        table = _random(VOCAB_SIZE, width)
+        ids = torch.randint(VOCAB_SIZE, (blocks, 4), device=CUDA).int()
+        yield Case(
+            "block_embedding",
+            f"{blocks} blocks of 4 x {width}",
+            partial(kernels.block_embedding, ids, table),
+            bytes=2 * blocks * 4 * width * DTYPE.itemsize,
+        )
+
+
+def _product_cases(kernels: Kernels, only: str) -> Iterator[Case]:
+    """The first product of an FFN: (rows, width), out is four times as wide."""
+    if only not in "linear_gelu":
+        return
+    for rows, width in ((1024, 2048), (2048, 1024), (4096, 768), (16384, 2048)):
+        x, weight, bias = _random(rows, width), _random(width, 4 * width), _random(4 * width)
+        yield Case(
+            "linear_gelu",
+            f"{rows} x {width} -> {4 * width}",
+            partial(kernels.linear_gelu, x, weight, bias),
+            flops=2 * rows * width * 4 * width,
+        )
+
+
+def _few_rows_cases(kernels: Kernels, only: str) -> Iterator[Case]:
+    """Products of a batch of one to four requests, which read their weights and little else."""
+    if only not in "linear":
+        return
+    for rows in (1, 2, 4):
+        for inner, width in ((2048, 6144), (2048, 2048), (2048, 8192), (8192, 2048), (2048, VOCAB_SIZE)):
+            x, weight, bias = _random(rows, inner), _random(inner, width), _random(width)
+            yield Case(
+                "linear",
+                f"{rows} x {inner} -> {width}",
+                partial(kernels.linear, x, weight, bias),
+                bytes=weight.nbytes,
+            )
+
+
+def _sampler_cases(kernels: Kernels, only: str) -> Iterator[Case]:
+    if only not in "sample":
+        return
+    for rows in (1024, 1):
+        logits = _random(rows, VOCAB_SIZE) * 3
+        greedy = SamplingTables(
+            temperature=torch.zeros(rows, device=CUDA),
+            top_k=_int32([0] * rows),
+            top_p=torch.ones(rows, device=CUDA),
+            min_p=torch.zeros(rows, device=CUDA),
+            seed=torch.arange(rows, device=CUDA),
+            suppress_until=_int32([0] * rows),
+            suppressed_ids=_int32([[-1, -1]] * rows),
+        )
+        warm = replace(greedy, temperature=torch.ones(rows, device=CUDA))
+        for name, tables in (
+            ("greedy", greedy),
+            ("temperature 1", warm),
+            ("top-p 0.9", replace(warm, top_p=torch.full((rows,), 0.9, device=CUDA))),
+            ("top-k 50", replace(warm, top_k=_int32([50] * rows))),
+            ("temperature 0.8, top-k 50, top-p 0.9", _usual(greedy)),
+            ("min-p 0.05", replace(warm, min_p=torch.full((rows,), 0.05, device=CUDA))),
+        ):
+            yield Case(
+                "sample",
+                f"{rows} rows of {VOCAB_SIZE}, {name}",
+                partial(kernels.sample, logits, _int32(range(rows)), _int32([7] * rows), tables),
+                bytes=logits.nbytes,
+            )
+
+
+def _usual(greedy: SamplingTables) -> SamplingTables:
+    rows = len(greedy.seed)
+    return replace(
+        greedy,
+        temperature=torch.full((rows,), 0.8, device=CUDA),
+        top_k=_int32([50] * rows),
+        top_p=torch.full((rows,), 0.9, device=CUDA),
+    )

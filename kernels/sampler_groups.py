@@ -1,0 +1,66 @@
+"""The best score of each group of consecutive tokens: the only reading of all logits that most rows need.
+
+For rows with top-p and without top-k it also adds up the weights of all tokens.
+"""
+
+from kernels.jit import jit, tl
+
+
+@jit
+def load_scores(
+    line: tl.tensor, tokens: tl.tensor, wanted: tl.tensor, ids: tl.tensor, suppressed: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """Logits of the `wanted` tokens in fp32, as they are and with -inf for the first `suppressed` of `ids`.
+
+    Other tokens have -inf.
+    """
+    raw = tl.load(line + tokens, mask=wanted, other=-float("inf")).to(tl.float32)
+    score = raw
+    for index in range(suppressed):
+        score = tl.where(tokens == tl.load(ids + index), -float("inf"), score)
+    return raw, score
+
+
+@jit
+def sample_groups(
+    logits: tl.tensor,
+    row_index: tl.tensor,
+    generated_index: tl.tensor,
+    temperatures: tl.tensor,
+    top_ks: tl.tensor,
+    top_ps: tl.tensor,
+    suppress_until: tl.tensor,
+    suppressed_ids: tl.tensor,
+    maxima: tl.tensor,
+    masses: tl.tensor,
+    stride: tl.tensor,
+    vocab_size: tl.tensor,
+    suppressed_width: tl.tensor,
+    tiles: tl.tensor,
+    GROUP: tl.constexpr,
+    TILE_G: tl.constexpr,
+) -> None:
+    """TILE_G groups of one row: the best score of each, +inf where a logit is NaN or +inf, suppressed or not.
+
+    maxima: [R, tiles * TILE_G] fp32; groups behind the vocabulary have -inf. masses: [R, tiles, 2] fp32, written for
+    rows that need it: the tile's best score b, and the sum of exp((score - b) / temperature).
+    """
+    entry, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    row = tl.load(row_index + entry).to(tl.int64)
+    suppressed = tl.where(
+        tl.load(generated_index + entry) < tl.load(suppress_until + row), suppressed_width, suppressed_width * 0
+    )
+    groups = tile * TILE_G + tl.arange(0, TILE_G)
+    tokens = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    raw, score = load_scores(
+        logits + entry * stride, tokens, tokens < vocab_size, suppressed_ids + row * suppressed_width, suppressed
+    )
+    score = tl.where(raw < float("inf"), score, float("inf"))  # NaN compares as false
+    maximum = tl.max(score, 1)
+    tl.store(maxima + entry * tiles * TILE_G + groups, maximum)
+    temperature = tl.load(temperatures + row)
+    if (temperature > 0) & (tl.load(top_ks + row) <= 0) & (tl.load(top_ps + row) < 1):
+        best = tl.maximum(tl.max(maximum, 0), -3e38)  # finite, so that -inf less it is -inf
+        weight = tl.exp((score - best) * (1.0 / temperature))
+        tl.store(masses + (entry * tiles + tile) * 2, best)
+        tl.store(masses + (entry * tiles + tile) * 2 + 1, tl.sum(tl.sum(weight, 1), 0))

@@ -12,7 +12,6 @@ from kernels import decode_attention, linear_gelu, local_attention, prefill_atte
 from kernels.dispatch import Kernels, select_kernels
 from kernels.prefill_attention import Tiling
 
-SHORT = prefill_attention.SHORT_TILING.queries
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def _prefill() -> Iterator[Setting]:
         Tiling(128, 128, 3, 8),
     ):
         name = f"{tiling.queries} queries, {tiling.positions} positions, {tiling.stages} stages, {tiling.warps} warps"
-        yield Setting(name, {"TILING": tiling, **({"SHORT_TILING": tiling} if tiling.queries == SHORT else {})})
+        yield Setting(name, {"TILING": tiling})
 
 
 def _grid(names: tuple[str, ...], rows: tuple[tuple[int, ...], ...], prefix: str = "") -> Iterator[Setting]:

@@ -14,9 +14,9 @@ MAX_SPLITS = 16
 """Programs a head of a row at most: with more splits than that, each program takes several."""
 ENOUGH_PROGRAMS = 16384
 """Programs that fill any device several times over: heads of rows are cut no further than into this many."""
-TILE_POSITIONS = 16
+TILE_POSITIONS = 32
 STAGES = 3
-NUM_WARPS = 2
+NUM_WARPS = 4
 LOWEST = tl.constexpr(-1e30)
 """Stands for minus infinity where a difference of two must not be NaN."""
 

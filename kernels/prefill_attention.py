@@ -21,9 +21,7 @@ class Tiling:
     warps: int
 
 
-TILING = Tiling(128, 64, 3, 8)
-SHORT_TILING = Tiling(64, 64, 3, 4)
-"""For chunks of no more than its queries on average."""
+TILING = Tiling(64, 64, 2, 4)
 PRECISE_TILING = Tiling(32, 32, 2, 8)
 """For fp32, which has no tensor cores: the tiles take twice the registers."""
 
@@ -229,10 +227,7 @@ def triton_paged_prefill_attention(
     assert page_table.stride(1) == 1
     length, heads, head_size = query.shape
     chunks = chunk_rows.shape[0]
-    if query.dtype == torch.float32:
-        tiling = PRECISE_TILING
-    else:
-        tiling = SHORT_TILING if length <= SHORT_TILING.queries * chunks else TILING
+    tiling = PRECISE_TILING if query.dtype == torch.float32 else TILING
     attended = torch.empty_like(query)
     _attend_tile[(heads, length // tiling.queries + chunks)](
         query,

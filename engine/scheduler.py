@@ -280,9 +280,18 @@ class Scheduler:
             sitting_out = [sequence.bound_row for sequence in self._make_room(table.sequences[growing].tolist())]
             rows = np.setdiff1d(np.flatnonzero(table.decoding), sitting_out).astype(np.int32)
             growing = rows[table.position[rows] == table.page_positions[rows]]
-        for sequence in table.sequences[growing].tolist():
-            self._grow(plan, sequence, 1)
+        self._grow_rows(plan, growing)
         self._decode(plan, rows)
+
+    def _grow_rows(self, plan: StepPlan, rows: Int32) -> None:
+        """Give each of the rows one page more."""
+        table = self._rows
+        pages = self._pool.allocate(len(rows))
+        places = (table.page_positions[rows] // self._page_size).tolist()
+        plan.page_entries.extend(zip(rows.tolist(), places, pages, strict=True))
+        for sequence, page in zip(table.sequences[rows].tolist(), pages, strict=True):
+            sequence.pages.append(page)
+        table.page_positions[rows] += self._page_size
 
     def _decode(self, plan: StepPlan, rows: Int32) -> None:
         """Add rows to a plan, behind those that decode already. They have room for the position."""

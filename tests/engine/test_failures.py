@@ -1,6 +1,7 @@
 """A request that cannot go on fails alone: what is beside it and after it gets the naive model's tokens."""
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -252,6 +253,7 @@ def test_a_step_can_be_run_again_wherever_it_ran_out_of_memory(monkeypatch: pyte
 @contextmanager
 def memory_left(slack_bytes: int) -> Iterator[None]:
     """So much device memory and no more, beyond what is in use."""
+    gc.collect()  # a core before this one would give its memory back only in between
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + slack_bytes) / total)

@@ -26,6 +26,7 @@ from engine.runner import Runner, StepInFlight
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceState
 from engine.staging import Staging
+from engine.step_budget import StepBudget
 from engine.step_plan import StepPlan
 from engine.types import MAX_STOP_TOKEN_IDS, EngineInfo, EngineLoad, GenerationRequest, InvalidRequestError
 from engine.validation import unpack_prompt, validate_priority, validate_request
@@ -77,7 +78,11 @@ class EngineCore:
             max_rows=config.max_rows,
             max_waiting=config.max_waiting,
             page_size=config.page_size,
-            max_step_positions=config.max_step_positions,
+            budget=StepBudget.of(
+                config.max_step_positions,
+                model.config.block_decoder.hidden_size,
+                model.config.block_decoder.intermediate_size,
+            ),
             block_length=model.config.block_length,
             eos_token_id=model.config.eos_token_id,
         )

@@ -13,6 +13,8 @@ from engine.config import ConfigError
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["plain", "json"]
+Preference = Literal["throughput", "latency"]
+"""What steps are sized for."""
 
 
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,6 +33,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_waiting: int | None = None
     page_size: int | None = None
     max_step_positions: int | None = None
+    prefer: Preference = "throughput"
+    """What `max_step_positions` is chosen for where it is None."""
     kv_bytes: int | None = None
     memory_fraction: float | None = None
     overlapped: bool | None = None

@@ -20,6 +20,7 @@ from engine.finish import cut_answer
 from engine.page_pool import PagePool
 from engine.row_table import Flags, Int32, RowTable
 from engine.sequence import Sequence, SequenceState
+from engine.step_budget import StepBudget
 from engine.step_plan import PrefillChunk, StepPlan
 from engine.types import Delta, InvalidRequestError, Timing
 from engine.waiting_queue import WaitingQueue
@@ -35,7 +36,7 @@ class QueueFullError(Exception):
 class Scheduler:
     """Rows, pages and the queue of one engine.
 
-    `max_step_positions` has to exceed `max_rows`, so that a full batch of decoding rows still leaves room for prompts.
+    `budget` has to exceed `max_rows`, so that a full batch of decoding rows still leaves room for prompts.
     An `admission` rule has to admit whatever the pool can hold when nothing runs, and never more pages than are free.
     """
 
@@ -46,18 +47,18 @@ class Scheduler:
         max_rows: int,
         max_waiting: int,
         page_size: int,
-        max_step_positions: int,
+        budget: StepBudget,
         block_length: int,
         eos_token_id: int,
         admission: AdmissionRule = may_admit,
     ) -> None:
-        if max_step_positions <= max_rows:
-            raise ValueError(f"max_step_positions {max_step_positions} has to exceed max_rows {max_rows}")
+        if budget.positions <= max_rows:
+            raise ValueError(f"max_step_positions {budget.positions} has to exceed max_rows {max_rows}")
         self._pool = pool
         self._max_rows = max_rows
         self._max_waiting = max_waiting
         self._page_size = page_size
-        self._max_step_positions = max_step_positions
+        self._budget = budget
         self._block_length = block_length
         self._eos_token_id = eos_token_id
         self._admission = admission
@@ -136,7 +137,7 @@ class Scheduler:
         """
         plan = StepPlan(self._planned + 1)
         self._plan_decodes(plan)
-        budget = self._max_step_positions - len(plan.decode)
+        budget = self._budget.positions - len(plan.decode)
         first_decodes: list[int] = []
         if self._prefilling is not None:
             budget -= self._plan_prompt(plan, self._prefilling, budget, first_decodes)
@@ -331,25 +332,26 @@ class Scheduler:
         return decoding + prefilling
 
     def _plan_prompt(self, plan: StepPlan, sequence: Sequence, budget: int, first_decodes: list[int]) -> int:
-        """Plan as much of a prompt as `budget` positions allow. Returns positions used.
+        """Plan as much of a prompt as `budget` allows. Returns what it costs.
 
-        One of them is the decode behind the prompt, if there is budget for it: its row goes to `first_decodes`.
+        A position of it is the decode behind the prompt, if there is budget for it: its row goes to `first_decodes`.
         """
         table, row, start = self._rows, sequence.bound_row, sequence.position
-        length = min(sequence.prefill_end - start, budget)
+        length = min(sequence.prefill_end - start, self._budget.affordable(start, budget))
+        cost = min(self._budget.cost(start, length), budget)
         if length:
             plan.prefill.append(PrefillChunk(sequence, start, length))
             table.position[row] += length
             table.in_flight[row] += 1
         if start + length < sequence.prefill_end:
-            return length
+            return budget
         self._prefilling = None
         sequence.state = SequenceState.DECODING
         table.decoding[row] = True
-        if length < budget:
+        if cost < budget:
             first_decodes.append(row)
-            length += 1
-        return length
+            cost += 1
+        return cost
 
     def _grow(self, plan: StepPlan, sequence: Sequence, count: int) -> None:
         held, row = len(sequence.pages), sequence.bound_row

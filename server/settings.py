@@ -124,7 +124,18 @@ class ServeSettings(BaseModel):
         16, "Engine", "N", "positions in a page of the KV cache: 8, 16, 32 or 64"
     )
     max_step_positions: Annotated[int, Field(ge=2, le=1 << 20)] | None = _setting(
-        None, "Engine", "N", "positions that one step may work on, rows first, then prompts", shown="auto: by device"
+        None,
+        "Engine",
+        "N",
+        "positions that one step may work on, rows first, then prompts",
+        shown="auto: by device and --prefer",
+    )
+    prefer: Literal["throughput", "latency"] = _setting(
+        "throughput",
+        "Engine",
+        "WHAT",
+        "throughput or latency: large steps, or small ones that keep the time between tokens short while prompts come; "
+        "--max-step-positions overrides it",
     )
     kv_bytes: Annotated[ByteSize, Field(gt=0)] | None = _setting(
         None, "Engine", "BYTES", "memory for the KV cache, like 2GiB; instead of --memory-fraction", shown="off"
@@ -220,6 +231,7 @@ class ServeSettings(BaseModel):
             max_waiting=self.max_waiting,
             page_size=self.page_size,
             max_step_positions=self.max_step_positions,
+            prefer=self.prefer,
             kv_bytes=None if self.kv_bytes is None else int(self.kv_bytes),
             memory_fraction=self.memory_fraction,
             overlapped=False if self.sync else None,

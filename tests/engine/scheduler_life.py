@@ -10,6 +10,7 @@ from engine.config import PromptAlignment
 from engine.page_pool import PagePool
 from engine.scheduler import QueueFullError, Scheduler
 from engine.sequence import Sequence, SequenceState
+from engine.step_budget import StepBudget
 from engine.step_plan import StepPlan
 from engine.types import SamplingParams
 from tests.engine.fake_device import Answer, FakeDevice, Script, make_script
@@ -89,7 +90,7 @@ class SchedulerLife:
             max_rows=shape.max_rows,
             max_waiting=MAX_WAITING,
             page_size=shape.page_size,
-            max_step_positions=shape.max_step_positions,
+            budget=StepBudget(shape.max_step_positions),
             block_length=BLOCK_LENGTH,
             eos_token_id=EOS,
             admission=admission,

@@ -1,5 +1,6 @@
 """What scheduler tests share: sequences made from numbers, a scheduler made from numbers, a model that is a formula."""
 
+import math
 from collections.abc import Sequence as Seq
 
 from engine.admission import AdmissionRule, may_admit
@@ -8,6 +9,7 @@ from engine.config import PromptAlignment
 from engine.page_pool import PagePool
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.step_budget import StepBudget
 from engine.step_plan import StepPlan
 from engine.types import Delta, GenerationRequest, SamplingParams
 
@@ -51,6 +53,7 @@ def make_scheduler(
     max_waiting: int = 16,
     page_size: int = 2,
     max_step_positions: int = 16,
+    attention_positions: float = math.inf,
     admission: AdmissionRule = may_admit,
 ) -> Scheduler:
     """A scheduler with a pool of its own."""
@@ -59,7 +62,7 @@ def make_scheduler(
         max_rows=max_rows,
         max_waiting=max_waiting,
         page_size=page_size,
-        max_step_positions=max_step_positions,
+        budget=StepBudget(max_step_positions, attention_positions),
         block_length=BLOCK_LENGTH,
         eos_token_id=EOS,
         admission=admission,

@@ -7,6 +7,7 @@ import pytest
 from engine.admission import AdmissionRule, Occupancy, may_admit
 from engine.page_pool import PagePool
 from engine.scheduler import Scheduler
+from engine.step_budget import StepBudget
 from engine.step_plan import StepPlan
 from tests.engine.scheduling import BLOCK_LENGTH, EOS, make_sequence
 
@@ -60,7 +61,7 @@ def simulate(load: Load, lag: int, admission: AdmissionRule) -> Course:
         max_rows=32,
         max_waiting=load.requests,
         page_size=4,
-        max_step_positions=64,
+        budget=StepBudget(64),
         block_length=BLOCK_LENGTH,
         eos_token_id=EOS,
         admission=admission,

@@ -23,6 +23,14 @@ def test_what_is_given_is_kept_and_the_rest_fits_it() -> None:
         resolve_options(EngineOptions(device="cpu", max_rows=7, max_step_positions=5), MODEL)
 
 
+def test_latency_is_bought_with_smaller_steps() -> None:
+    fast = resolve_options(EngineOptions(device="cpu", max_rows=8), MODEL)
+    prompt = resolve_options(EngineOptions(device="cpu", max_rows=8, prefer="latency"), MODEL)
+    assert prompt.max_step_positions < fast.max_step_positions
+    given = resolve_options(EngineOptions(device="cpu", max_rows=8, prefer="latency", max_step_positions=99), MODEL)
+    assert given.max_step_positions == 99
+
+
 @pytest.mark.parametrize("device", ["tpu", "meta", "cuda:-1", "cpu:x", ""])
 def test_an_unknown_device_is_named(device: str) -> None:
     with pytest.raises(ConfigError, match="device"):

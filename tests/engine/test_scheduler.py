@@ -39,6 +39,18 @@ def test_the_first_decode_waits_for_the_next_step_where_the_budget_is_spent() ->
     assert (plan.prefill, plan.decode, plan.decode_positions.tolist(), plan.bound) == ([], [sequence], [5], [])
 
 
+def test_attention_to_a_long_prompt_is_paid_for() -> None:
+    # At 10 positions of context, attention costs as much as the rest: chunks become shorter, and one that fits ends.
+    scheduler = make_scheduler(max_step_positions=20, attention_positions=10)
+    scheduler.add([make_sequence(1, 4 * 31)])
+    chunks: list[tuple[int, int]] = []
+    while scheduler.has_work:
+        plan = must_schedule(scheduler)
+        chunks += [(chunk.start, chunk.length) for chunk in plan.prefill]
+        commit_blocks(scheduler, plan)
+    assert chunks == [(0, 12), (12, 7), (19, 6), (25, 5)]
+
+
 def test_decoding_rows_come_first_then_started_prompts_then_new_ones() -> None:
     scheduler = make_scheduler(max_step_positions=6)
     first, second, third = make_sequence(1, 4), make_sequence(2, 40), make_sequence(3, 4)

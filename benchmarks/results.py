@@ -39,10 +39,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """The checked-out commit, with "+" where tracked source files differ from it.
+    """What the environment variable BLOCKSERVE_COMMIT says, for a machine that got a copy of the files.
 
-    Where there is no repository, as on a machine that got a copy: what the environment variable BLOCKSERVE_COMMIT says.
+    Otherwise the checked-out commit, with "+" where tracked source files differ from it.
     """
+    if told := os.environ.get("BLOCKSERVE_COMMIT"):
+        return told
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -53,4 +55,4 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BLOCKSERVE_COMMIT", "unknown")
+        return "unknown"

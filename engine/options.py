@@ -1,5 +1,7 @@
 """What an operator leaves open ("auto"), decided from the device and the model."""
 
+import math
+
 import msgspec
 import torch
 
@@ -11,7 +13,10 @@ DEFAULT_STEP_POSITIONS: dict[str, dict[Preference, int]] = {
     "cpu": {"throughput": 512, "latency": 64},
     "cuda": {"throughput": 16384, "latency": 2048},
 }
-"""A full step of prompts takes 35 ms of an H100 with a block decoder of 600M parameters, and an eighth of that."""
+"""For a large model: a full step of prompts takes 35 ms of an H100 with REFERENCE_PARAMETERS, or an eighth of that."""
+REFERENCE_PARAMETERS = 600e6
+MOST_STEP_POSITIONS = 4
+"""Times as many positions, at the most, go into a step of a model that takes less time for each."""
 
 
 def resolve_options(options: EngineOptions, model: ModelConfig) -> EngineConfig:
@@ -23,10 +28,21 @@ def resolve_options(options: EngineOptions, model: ModelConfig) -> EngineConfig:
     # A CPU computes fastest, and exactly as the tests prove it, in float32.
     values.setdefault("dtype", "float32" if device.type == "cpu" else model.dtype)
     rows = values.setdefault("max_rows", DEFAULT_ROWS[device.type])
-    values.setdefault("max_step_positions", max(DEFAULT_STEP_POSITIONS[device.type][prefer], 2 * rows))
+    values.setdefault("max_step_positions", max(_step_positions(device.type, prefer, model), 2 * rows))
     # On the CPU a step is done when it is launched: there is nothing to overlap, and tokens would come a step late.
     values.setdefault("overlapped", device.type != "cpu")
     return EngineConfig.create(**values)
+
+
+def _step_positions(device_type: str, prefer: Preference, model: ModelConfig) -> int:
+    """Positions of a step that takes about as long for any model, in powers of two."""
+    positions = DEFAULT_STEP_POSITIONS[device_type][prefer]
+    if device_type == "cpu":
+        return positions
+    decoder = model.block_decoder
+    layer = 4 * decoder.hidden_size**2 + 2 * decoder.hidden_size * decoder.intermediate_size
+    times = min(max(REFERENCE_PARAMETERS / (decoder.num_layers * layer), 1), MOST_STEP_POSITIONS)
+    return positions << round(math.log2(times))
 
 
 def resolve_device(name: str | None) -> torch.device:

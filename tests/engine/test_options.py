@@ -31,6 +31,16 @@ def test_latency_is_bought_with_smaller_steps() -> None:
     assert given.max_step_positions == 99
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_steps_of_small_models_hold_more_positions() -> None:
+    large = MODEL.model_copy(
+        update={"block_decoder": MODEL.block_decoder.model_copy(update={"num_layers": 10**6, "hidden_size": 2048})}
+    )
+    assert resolve_options(EngineOptions(device="cuda"), large).max_step_positions == 16384
+    assert resolve_options(EngineOptions(device="cuda"), MODEL).max_step_positions == 65536
+    assert resolve_options(EngineOptions(device="cuda", prefer="latency"), MODEL).max_step_positions == 8192
+
+
 @pytest.mark.parametrize("device", ["tpu", "meta", "cuda:-1", "cpu:x", ""])
 def test_an_unknown_device_is_named(device: str) -> None:
     with pytest.raises(ConfigError, match="device"):

@@ -46,7 +46,7 @@ from benchmarks.results import append, provenance
 from engine.config import EngineConfig
 from engine.core import EngineCore
 
-BATCHES = {"P": 2, "D": 2, "X": 1}
+BATCHES = {"P": 2, "D": 2, "X": 2}
 """Default number of requests, in full batches."""
 REPEATED_UNDER_SECONDS = 30.0
 REPEATS = 3
@@ -99,13 +99,13 @@ def result_row(
 
 def measure_model(model: BenchmarkModel, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each workload."""
-    numbers = {name: arguments.requests or default_requests(name, model, arguments) for name in arguments.workloads}
-    config = engine_config(model, arguments, max_waiting=max(*numbers.values(), arguments.rows or model.rows))
+    config = engine_config(model, arguments, max_waiting=1 << 20)
     # Before the engine takes the device's memory.
     measured = measured_floor(model, config) if arguments.floor else None
     with loaded_core(model, config) as core:
-        for name, number in numbers.items():
+        for name in arguments.workloads:
             workload = WORKLOADS[name]
+            number = arguments.requests or default_requests(workload, core, quick=arguments.quick)
             warm_up(core, config, model, workload)
             repeats = 1 if arguments.quick else REPEATS
             run = measure_cell(core, model, workload, number, repeats, arguments.sampling)
@@ -139,10 +139,11 @@ def profile_model(model: BenchmarkModel, arguments: argparse.Namespace) -> None:
             profile_steps(core, requests, torch.device(config.device), arguments.profile)
 
 
-def default_requests(workload: str, model: BenchmarkModel, arguments: argparse.Namespace) -> int:
-    """BATCHES of the batch, or half as many of a quick run."""
-    requests = BATCHES[workload] * (arguments.rows or model.rows)
-    return max(1, requests // 2) if arguments.quick else requests
+def default_requests(workload: Workload, core: EngineCore, *, quick: bool) -> int:
+    """BATCHES of as many as run at once, by rows and by KV cache, or half as many of a quick run."""
+    fitting = core.info.kv_capacity_tokens // (workload.prompt_tokens + workload.answer_tokens)
+    requests = BATCHES[workload.name] * min(core.info.max_rows, fitting)
+    return max(1, requests // 2) if quick else requests
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -182,7 +182,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_arguments(parser)
-    parser.add_argument("--requests", type=int, default=None, help="default: two full batches, of X one")
+    parser.add_argument("--requests", type=int, default=None, help="default: two full batches")
     parser.add_argument("--quick", action="store_true", help="half as many requests, and one run each")
     parser.add_argument("--sampling", default="greedy", choices=("greedy", "top"), help="how tokens are chosen")
     parser.add_argument("--floor", action="store_true", help="measure the floors here instead of taking the H200's")

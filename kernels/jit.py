@@ -11,12 +11,11 @@ from typing import Any
 try:
     import triton
     import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError:
-    triton = TensorDescriptor = None
+    triton = None
     tl = SimpleNamespace(tensor=object, constexpr=lambda value: value)
 
-__all__ = ["LOG2_E", "TensorDescriptor", "cdiv", "has_triton", "interpreted", "jit", "power_of_2", "tl"]
+__all__ = ["LOG2_E", "cdiv", "has_triton", "interpreted", "jit", "power_of_2", "tl"]
 
 LOG2_E = 1.4426950408889634
 """The hardware has powers of 2 only: exp(x) = 2^(x LOG2_E)."""

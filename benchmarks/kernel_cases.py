@@ -37,7 +37,6 @@ def cases(kernels: Kernels, only: str) -> Iterator[Case]:
         _rotary_cases,
         _row_cases,
         _product_cases,
-        _few_rows_cases,
         _sampler_cases,
     ):
         yield from make(kernels, only)
@@ -45,6 +44,11 @@ def cases(kernels: Kernels, only: str) -> Iterator[Case]:
 
 def _random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=DTYPE, device=CUDA)
+
+
+def _layer_buffers(positions: int, width: int) -> tuple[Tensor, Tensor]:
+    """What a layer of such a width multiplies into and out of: [qkv | up] and [attention | gelu(up)]."""
+    return _random(positions, 7 * width), _random(positions, 5 * width)
 
 
 def _int32(values: object) -> Tensor:
@@ -79,7 +83,8 @@ def _decode_cases(kernels: Kernels, only: str) -> Iterator[Case]:
         keys, values, table = _pages(contexts, heads, head_size, width)
         rows = len(contexts)
         query = _random(rows, heads, head_size)
-        arguments = query, keys, values, table, _int32(range(rows)), _int32(contexts), head_size**-0.5
+        out = torch.empty_like(query)
+        arguments = query, keys, values, table, _int32(range(rows)), _int32(contexts), head_size**-0.5, out
         numbers = heads * head_size * 2 * (sum(contexts) + rows)
         yield Case(op, name, partial(kernels.paged_decode_attention, *arguments), bytes=numbers * DTYPE.itemsize)
 
@@ -101,7 +106,8 @@ def _prefill_cases(kernels: Kernels, only: str) -> Iterator[Case]:
         )
         query = _random(chunks * length, heads, head_size)
         offsets = _int32(range(0, chunks * length + 1, length))
-        arguments = query, keys, values, table, _int32(range(chunks)), offsets, _int32(starts), head_size**-0.5
+        chunk_rows, out = _int32(range(chunks)), torch.empty_like(query)
+        arguments = query, keys, values, table, chunk_rows, offsets, _int32(starts), head_size**-0.5, out
         pairs = sum(length * start + length * (length + 1) / 2 for start in starts)
         yield Case(op, name, partial(kernels.paged_prefill_attention, *arguments), flops=4 * pairs * heads * head_size)
 
@@ -118,12 +124,14 @@ def _local_cases(kernels: Kernels, only: str) -> Iterator[Case]:
         if only not in op:
             continue
         keys, values = (_random(rows, heads, 5, head_size) for _ in range(2))
-        qkv = _random(rows, length, heads * 3 * head_size)
+        width = heads * head_size
+        into, inner = _layer_buffers(rows * length, width)
+        qkv, out = into[:, : 3 * width].view(rows, length, -1), inner[:, :width].view(rows, length, heads, head_size)
         table = rotary_table(5, head_size // 4, 10000.0, CUDA)
         yield Case(
             op,
             f"{rows} rows, {length} behind {first}, {heads} heads of {head_size}",
-            partial(kernels.rotary_local_attention, qkv, first, table, keys, values, head_size**-0.5),
+            partial(kernels.rotary_local_attention, qkv, first, table, keys, values, head_size**-0.5, out),
             bytes=rows * heads * head_size * (6 * length + 2 * first) * DTYPE.itemsize,
         )
 
@@ -132,7 +140,8 @@ def _rotary_cases(kernels: Kernels, only: str) -> Iterator[Case]:
     for rows, heads, head_size in ((1024, 16, 128), (16384, 16, 128), (2048, 16, 64)):
         if only not in "rotary_paged_write":
             continue
-        qkv = _random(rows, heads * 3 * head_size)
+        width = heads * head_size
+        qkv = _layer_buffers(rows, width)[0][:, : 3 * width]
         table = rotary_table(1024, head_size // 4, 1e4, CUDA)
         keys, values, _ = _pages([PAGE_SIZE] * rows, heads, head_size, 1)
         slots = (1 + torch.randperm(rows, device=CUDA)) * PAGE_SIZE + 5
@@ -141,22 +150,28 @@ def _rotary_cases(kernels: Kernels, only: str) -> Iterator[Case]:
             "rotary_paged_write",
             f"{rows} positions, {heads} heads of {head_size}",
             partial(kernels.rotary_paged_write, *arguments),
-            bytes=2 * qkv.nbytes,
+            bytes=2 * qkv.numel() * DTYPE.itemsize,
         )
 
 
 def _row_cases(kernels: Kernels, only: str) -> Iterator[Case]:
     """Kernels that work on whole rows of the residual stream."""
-    if only not in "residual_layer_norms block_embedding":
+    if only not in "residual_normalise gelu_into block_embedding":
         return
     for rows, width in ((1024, 2048), (2048, 2048), (2048, 1024), (4096, 768), (16384, 2048)):
-        x, attention, ffn = (_random(rows, width) for _ in range(3))
-        weights = _random(width), _random(width), _random(width), _random(width)
+        x, branch = _random(rows, width), _random(rows, width)
         yield Case(
-            "residual_layer_norms",
+            "residual_normalise",
             f"{rows} x {width}",
-            partial(kernels.residual_layer_norms, x, attention, ffn, *weights, 1e-5),
-            bytes=6 * x.nbytes,
+            partial(kernels.residual_normalise, x, branch, 1e-5),
+            bytes=4 * x.nbytes,
+        )
+        into, inner = _layer_buffers(rows, width)
+        yield Case(
+            "gelu_into",
+            f"{rows} x {4 * width}",
+            partial(kernels.gelu_into, into[:, 3 * width :], inner[:, width:]),
+            bytes=2 * rows * 4 * width * DTYPE.itemsize,
         )
     for blocks, width in ((1024, 512), (16384, 512)):
         table = _random(VOCAB_SIZE, width)
@@ -170,32 +185,18 @@ def _row_cases(kernels: Kernels, only: str) -> Iterator[Case]:
 
 
 def _product_cases(kernels: Kernels, only: str) -> Iterator[Case]:
-    """The first product of an FFN: (rows, width), out is four times as wide."""
-    if only not in "linear_gelu":
-        return
-    for rows, width in ((1024, 2048), (2048, 1024), (4096, 768), (16384, 2048)):
-        x, weight, bias = _random(rows, width), _random(width, 4 * width), _random(4 * width)
-        yield Case(
-            "linear_gelu",
-            f"{rows} x {width} -> {4 * width}",
-            partial(kernels.linear_gelu, x, weight, bias),
-            flops=2 * rows * width * 4 * width,
-        )
-
-
-def _few_rows_cases(kernels: Kernels, only: str) -> Iterator[Case]:
-    """Products of a batch of one to four requests, which read their weights and little else."""
+    """The two products of a layer beside the four that they are made of; of one request, the head, too."""
     if only not in "linear":
         return
-    for rows in (1, 2, 4):
-        for inner, width in ((2048, 6144), (2048, 2048), (2048, 8192), (8192, 2048), (2048, VOCAB_SIZE)):
-            x, weight, bias = _random(rows, inner), _random(inner, width), _random(width)
-            yield Case(
-                "linear",
-                f"{rows} x {inner} -> {width}",
-                partial(kernels.linear, x, weight, bias),
-                bytes=weight.nbytes,
-            )
+    for rows, width in ((1, 2048), (4, 2048), (1024, 2048), (2048, 1024), (4096, 768), (16384, 2048)):
+        merged = (width, 7 * width), (5 * width, width)
+        parts = (width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)
+        head = ((width, VOCAB_SIZE),) if rows <= 4 else ()
+        for inner, columns in (*merged, *parts, *head):
+            x, weight, bias = _random(rows, inner), _random(inner, columns), _random(columns)
+            # The products of few rows read their weights and do little else.
+            least = {"bytes": float(weight.nbytes)} if rows <= 4 else {"flops": 2.0 * rows * inner * columns}
+            yield Case("linear", f"{rows} x {inner} -> {columns}", partial(kernels.linear, x, weight, bias), **least)
 
 
 def _sampler_cases(kernels: Kernels, only: str) -> Iterator[Case]:

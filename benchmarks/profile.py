@@ -44,7 +44,6 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "xmma",
             "splitk",
             "cublas",
-            "_skinny",
             "aten::mm",
             "addmm",
             "bmm",

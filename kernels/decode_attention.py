@@ -29,25 +29,26 @@ def paged_decode_attention(
     row_index: Tensor,
     context_lengths: Tensor,
     scale: float,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """softmax(scale * q K^T) V for one query a row, over the row's cached positions.
 
     query: [R, heads, D]. key_cache, value_cache: [pages, heads, page_size, D]. page_table: [rows, max_pages] int32, the
     pages of each row in order of position. row_index: [R] int32: entry i reads table row row_index[i], positions
-    0..context_lengths[i]-1 (int32, at least 1). Whatever else those pages hold has no effect. Returns [R, heads, D].
+    0..context_lengths[i]-1 (int32, at least 1). Whatever else those pages hold has no effect. out: [R, heads, D],
+    overwritten; its rows may lie apart.
     """
     pages = page_table.index_select(0, row_index)
     if query.device.type != "cpu":  # the lengths cannot be read without waiting for the device
-        return _attend_rows(query, key_cache, value_cache, pages, context_lengths, scale)
+        out.copy_(_attend_rows(query, key_cache, value_cache, pages, context_lengths, scale))
+        return
     _pages, heads, page_size, head_size = key_cache.shape
     group = max(1, CPU_GROUP_ELEMENTS // (int(context_lengths.max()) * heads * head_size))
-    parts = []
-    for some_query, some_pages, lengths in zip(
-        query.split(group), pages.split(group), context_lengths.split(group), strict=True
+    for some_query, some_pages, lengths, some_out in zip(
+        query.split(group), pages.split(group), context_lengths.split(group), out.split(group), strict=True
     ):
         used = -(-int(lengths.max()) // page_size)
-        parts.append(_attend_rows(some_query, key_cache, value_cache, some_pages[:, :used], lengths, scale))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+        some_out.copy_(_attend_rows(some_query, key_cache, value_cache, some_pages[:, :used], lengths, scale))
 
 
 def _attend_rows(
@@ -96,7 +97,7 @@ def _attend_split(
     page_table: tl.tensor,
     row_index: tl.tensor,
     context_lengths: tl.tensor,
-    attended: tl.tensor,
+    out: tl.tensor,
     partial_sums: tl.tensor,
     partial_stats: tl.tensor,
     scale: tl.tensor,
@@ -104,6 +105,7 @@ def _attend_split(
     table_stride: tl.tensor,
     splits: tl.tensor,
     split_positions: tl.tensor,
+    out_stride: tl.tensor,
     PAGE_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     TILE_T: tl.constexpr,
@@ -145,7 +147,7 @@ def _attend_split(
     weight = tl.sum(total * kept, 0)
     result = tl.sum(sums * kept[:, None], 0)
     if (length <= split_positions) | (splits == 1):  # there is nothing to combine
-        tl.store(attended + line * HEAD_SIZE + dims, (result / weight).to(attended.dtype.element_ty))
+        tl.store(out + entry * out_stride + head * HEAD_SIZE + dims, (result / weight).to(out.dtype.element_ty))
     else:
         part = line * splits + split
         tl.store(partial_sums + part * HEAD_SIZE + dims, result)
@@ -158,10 +160,11 @@ def _combine_splits(
     partial_sums: tl.tensor,
     partial_stats: tl.tensor,
     context_lengths: tl.tensor,
-    attended: tl.tensor,
+    out: tl.tensor,
     heads: tl.tensor,
     splits: tl.tensor,
     split_positions: tl.tensor,
+    out_stride: tl.tensor,
     HEAD_SIZE: tl.constexpr,
     TILE_S: tl.constexpr,
 ) -> None:
@@ -180,7 +183,7 @@ def _combine_splits(
     kept = tl.exp2(best - tl.max(best, 0))
     sums = tl.load(partial_sums + part[:, None] * HEAD_SIZE + dims[None, :], mask=used[:, None], other=0)
     result = tl.sum(sums * kept[:, None], 0) / tl.sum(total * kept, 0)
-    tl.store(attended + line * HEAD_SIZE + dims, result.to(attended.dtype.element_ty))
+    tl.store(out + entry * out_stride + head * HEAD_SIZE + dims, result.to(out.dtype.element_ty))
 
 
 def triton_paged_decode_attention(
@@ -191,7 +194,8 @@ def triton_paged_decode_attention(
     row_index: Tensor,
     context_lengths: Tensor,
     scale: float,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """`paged_decode_attention` in Triton: softmax(scale * q K^T) V, one query a row.
 
     A context is cut into splits of SPLIT_POSITIONS, which programs of their own attend to with the running maximum m
@@ -201,13 +205,12 @@ def triton_paged_decode_attention(
     of other sizes differ in rounding, as cuBLAS's do. Nothing is read on the host.
     """
     assert query.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
-    assert page_table.stride(1) == 1
     rows, heads, head_size = query.shape
+    assert page_table.stride(1) == 1 and out.stride()[1:] == (head_size, 1)
     page_size = key_cache.shape[2]
     room = page_table.shape[1] * page_size
     splits = max(1, min(cdiv(room, SPLIT_POSITIONS), MAX_SPLITS, ENOUGH_PROGRAMS // (rows * heads)))
     split_positions = SPLIT_POSITIONS if splits > 1 else cdiv(room, TILE_POSITIONS) * TILE_POSITIONS
-    attended = torch.empty_like(query)
     stored = rows if splits > 1 else 0
     partial_sums = query.new_empty(stored, heads, splits, head_size, dtype=torch.float32)
     partial_stats = query.new_empty(stored, heads, splits, 2, dtype=torch.float32)
@@ -218,7 +221,7 @@ def triton_paged_decode_attention(
         page_table,
         row_index,
         context_lengths,
-        attended,
+        out,
         partial_sums,
         partial_stats,
         scale * LOG2_E,
@@ -226,6 +229,7 @@ def triton_paged_decode_attention(
         page_table.stride(0),
         splits,
         split_positions,
+        out.stride(0),
         PAGE_SIZE=page_size,
         HEAD_SIZE=head_size,
         TILE_T=TILE_POSITIONS,
@@ -237,12 +241,12 @@ def triton_paged_decode_attention(
             partial_sums,
             partial_stats,
             context_lengths,
-            attended,
+            out,
             heads,
             splits,
             split_positions,
+            out.stride(0),
             HEAD_SIZE=head_size,
             TILE_S=power_of_2(splits),
             num_warps=2,
         )
-    return attended

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from kernels.block_embedding import block_embedding, triton_block_embedding
 from kernels.decode_attention import paged_decode_attention, triton_paged_decode_attention
+from kernels.gelu import gelu_into, triton_gelu_into
 from kernels.jit import has_triton
 from kernels.layer_norm import (
     residual_layer_norm,
-    residual_layer_norms,
+    residual_normalise,
     triton_residual_layer_norm,
-    triton_residual_layer_norms,
+    triton_residual_normalise,
 )
 from kernels.linear import linear
-from kernels.linear_gelu import linear_gelu, triton_linear_gelu
 from kernels.local_attention import rotary_local_attention, triton_rotary_local_attention
 from kernels.prefill_attention import paged_prefill_attention, triton_paged_prefill_attention
 from kernels.rotary import rotary_paged_write, triton_rotary_paged_write
@@ -33,15 +33,13 @@ class Kernels:
 
     block_embedding: Callable[[Tensor, Tensor], Tensor]
     linear: Callable[[Tensor, Tensor, OptionalTensor], Tensor]
-    linear_gelu: Callable[[Tensor, Tensor, OptionalTensor], Tensor]
-    residual_layer_norms: Callable[
-        [Tensor, OptionalTensor, OptionalTensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]
-    ]
-    residual_layer_norm: Callable[[Tensor, OptionalTensor, OptionalTensor, Tensor, Tensor, float], Tensor]
+    gelu_into: Callable[[Tensor, Tensor], None]
+    residual_normalise: Callable[[Tensor, OptionalTensor, float], tuple[Tensor, Tensor]]
+    residual_layer_norm: Callable[[Tensor, OptionalTensor, Tensor, Tensor, float], Tensor]
     rotary_paged_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    paged_decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
-    paged_prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
-    rotary_local_attention: Callable[[Tensor, int, Tensor, Tensor, Tensor, float], Tensor]
+    paged_decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
+    paged_prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
+    rotary_local_attention: Callable[[Tensor, int, Tensor, Tensor, Tensor, float, Tensor], None]
     sample: Callable[[Tensor, Tensor, Tensor, SamplingTables], tuple[Tensor, Tensor]]
 
 
@@ -50,8 +48,8 @@ def torch_kernels() -> Kernels:
     return Kernels(
         block_embedding=block_embedding,
         linear=linear,
-        linear_gelu=linear_gelu,
-        residual_layer_norms=residual_layer_norms,
+        gelu_into=gelu_into,
+        residual_normalise=residual_normalise,
         residual_layer_norm=residual_layer_norm,
         rotary_paged_write=rotary_paged_write,
         paged_decode_attention=paged_decode_attention,
@@ -71,8 +69,8 @@ def triton_kernels() -> Kernels:
     return Kernels(
         block_embedding=triton_block_embedding,
         linear=linear,
-        linear_gelu=triton_linear_gelu,
-        residual_layer_norms=triton_residual_layer_norms,
+        gelu_into=triton_gelu_into,
+        residual_normalise=triton_residual_normalise,
         residual_layer_norm=triton_residual_layer_norm,
         rotary_paged_write=triton_rotary_paged_write,
         paged_decode_attention=triton_paged_decode_attention,

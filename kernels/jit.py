@@ -11,12 +11,11 @@ from typing import Any
 try:
     import triton
     import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError:
-    triton = TensorDescriptor = None
+    triton = None
     tl = SimpleNamespace(tensor=object, constexpr=lambda value: value)
 
-__all__ = ["LOG2_E", "TensorDescriptor", "cdiv", "has_triton", "interpreted", "jit", "power_of_2", "tl"]
+__all__ = ["LOG2_E", "cdiv", "has_triton", "interpreted", "jit", "jit_for_any", "power_of_2", "tl"]
 
 LOG2_E = 1.4426950408889634
 """The hardware has powers of 2 only: exp(x) = 2^(x LOG2_E)."""
@@ -25,6 +24,18 @@ LOG2_E = 1.4426950408889634
 def jit(kernel: Callable[..., Any]) -> Any:
     """Make a Triton kernel, or a function that kernels call, of a function in Triton's language."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+def jit_for_any(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """As `jit`, compiled once for all values of the integers `names`, such as counts that differ from step to step.
+
+    Triton compiles anew for a 1 and for multiples of 16, which takes a second in the middle of serving.
+    """
+
+    def decorate(kernel: Callable[..., Any]) -> Any:
+        return kernel if triton is None else triton.jit(kernel, do_not_specialize=names)
+
+    return decorate
 
 
 def has_triton() -> bool:

@@ -1,7 +1,6 @@
-"""The residual sum of a GPT-NeoX layer, together with the layer norms that read it.
+"""The residual sum of a layer, together with the layer norm that reads it.
 
-A layer computes x + attention(norm1(x)) + ffn(norm2(x)): both branches read the same x, so one pass over memory
-can close a layer and prepare both inputs of the next.
+One pass over memory closes a layer and prepares the input of the next.
 """
 
 import torch
@@ -11,151 +10,102 @@ from torch import Tensor
 from kernels.jit import jit, power_of_2, tl
 
 
-def residual_layer_norms(
-    x: Tensor,
-    attention: Tensor | None,
-    ffn: Tensor | None,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Add a layer's two branches to the residual stream and normalise the sum twice.
+def residual_normalise(x: Tensor, branch: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Add a layer's output to the residual stream and normalise the sum.
 
-    x' = x + attention + ffn;   n_i = (x' - mean(x')) / sqrt(var(x') + eps) * weight_i + bias_i
+    x' = x + branch;   n = (x' - mean(x')) / sqrt(var(x') + eps)
 
-    x, attention, ffn: [N, H]; the branches are both given or both None (in front of the first layer). weights and
-    biases: [H]. Sum and statistics are fp32; x' is rounded to x's dtype before it is normalised. Returns x', n1, n2,
-    each [N, H].
+    x, branch: [N, H]; no branch in front of the first layer, where x' is x itself. Sum and statistics are fp32; x' is
+    rounded to x's dtype before it is normalised. Returns x' and n, [N, H] each.
     """
-    x = _residual_sum(x, attention, ffn)
-    width = (x.shape[-1],)
-    return x, F.layer_norm(x, width, weight1, bias1, eps), F.layer_norm(x, width, weight2, bias2, eps)
+    x = _residual_sum(x, branch)
+    return x, F.layer_norm(x, (x.shape[-1],), None, None, eps)
 
 
-def residual_layer_norm(
-    x: Tensor, attention: Tensor | None, ffn: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> Tensor:
-    """`residual_layer_norms` where only one norm of the sum is wanted: behind the last layer. Returns [N, H]."""
-    x = _residual_sum(x, attention, ffn)
+def residual_layer_norm(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """n * weight + bias, with the n of `residual_normalise`: behind the last layer.
+
+    weight, bias: [H]. Returns [N, H].
+    """
+    x = _residual_sum(x, branch)
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
-def _residual_sum(x: Tensor, attention: Tensor | None, ffn: Tensor | None) -> Tensor:
-    if attention is None or ffn is None:
-        return x
-    return (x.float() + attention + ffn).to(x.dtype)
+def _residual_sum(x: Tensor, branch: Tensor | None) -> Tensor:
+    # Of two numbers in a low precision, torch rounds the fp32 sum once.
+    return x if branch is None else x + branch
 
 
 @jit
 def _norm_row(
     x: tl.tensor,
-    attention: tl.tensor,
-    ffn: tl.tensor,
-    weight1: tl.tensor,
-    bias1: tl.tensor,
-    weight2: tl.tensor,
-    bias2: tl.tensor,
+    branch: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
     total: tl.tensor,
-    first: tl.tensor,
-    second: tl.tensor,
+    normed: tl.tensor,
     width: tl.tensor,
     eps: tl.tensor,
     ADD: tl.constexpr,
     STORE_SUM: tl.constexpr,
-    TWO_NORMS: tl.constexpr,
+    AFFINE: tl.constexpr,
     TILE_H: tl.constexpr,
 ) -> None:
-    """Sum, statistics and one or two norms of one row, which fits into a tile."""
+    """Sum, statistics and norm of one row, which fits into a tile."""
     row = tl.program_id(0).to(tl.int64) * width
     dims = tl.arange(0, TILE_H)
     inside = dims < width
     value = tl.load(x + row + dims, mask=inside, other=0)
     if ADD:
-        value32 = value.to(tl.float32) + tl.load(attention + row + dims, mask=inside, other=0).to(tl.float32)
-        value32 += tl.load(ffn + row + dims, mask=inside, other=0).to(tl.float32)
+        value32 = value.to(tl.float32) + tl.load(branch + row + dims, mask=inside, other=0).to(tl.float32)
         value = value32.to(value.dtype)
     if STORE_SUM:
         tl.store(total + row + dims, value, mask=inside)
     value32 = value.to(tl.float32)
     centred = tl.where(inside, value32 - tl.sum(value32, 0) / width, 0.0)
-    normed = centred / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
-    scaled = normed * tl.load(weight1 + dims, mask=inside, other=0).to(tl.float32)
-    scaled += tl.load(bias1 + dims, mask=inside, other=0).to(tl.float32)
-    tl.store(first + row + dims, scaled.to(value.dtype), mask=inside)
-    if TWO_NORMS:
-        scaled = normed * tl.load(weight2 + dims, mask=inside, other=0).to(tl.float32)
-        scaled += tl.load(bias2 + dims, mask=inside, other=0).to(tl.float32)
-        tl.store(second + row + dims, scaled.to(value.dtype), mask=inside)
+    result = centred / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
+    if AFFINE:
+        result *= tl.load(weight + dims, mask=inside, other=0).to(tl.float32)
+        result += tl.load(bias + dims, mask=inside, other=0).to(tl.float32)
+    tl.store(normed + row + dims, result.to(value.dtype), mask=inside)
 
 
-def triton_residual_layer_norms(
-    x: Tensor,
-    attention: Tensor | None,
-    ffn: Tensor | None,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`residual_layer_norms` in Triton: x' = x + attention + ffn and its two norms, in one pass over memory.
+def triton_residual_normalise(x: Tensor, branch: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """`residual_normalise` in Triton: x' = x + branch and (x' - mean) / sqrt(var + eps), in one pass over memory.
 
-    A program holds a whole row. Where there are no branches x' is x itself.
+    A program holds a whole row. Without a branch x' is x itself.
     """
-    adds = attention is not None and ffn is not None
-    total = torch.empty_like(x) if adds else x
-    first, second = torch.empty_like(x), torch.empty_like(x)
-    _launch(x, attention, ffn, weight1, bias1, weight2, bias2, total, first, second, eps, store_sum=adds)
-    return total, first, second
+    total = None if branch is None else torch.empty_like(x)
+    normed = _launch(x, branch, None, None, total, eps)
+    return x if total is None else total, normed
 
 
-def triton_residual_layer_norm(
-    x: Tensor, attention: Tensor | None, ffn: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> Tensor:
-    """`residual_layer_norm` in Triton: the norm of x + attention + ffn; the sum itself is not stored."""
-    first = torch.empty_like(x)
-    _launch(x, attention, ffn, weight, bias, None, None, None, first, None, eps, store_sum=False)
-    return first
+def triton_residual_layer_norm(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`residual_layer_norm` in Triton: the norm of x + branch times weight, plus bias; the sum itself is not stored."""
+    return _launch(x, branch, weight, bias, None, eps)
 
 
 def _launch(
-    x: Tensor,
-    attention: Tensor | None,
-    ffn: Tensor | None,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    total: Tensor | None,
-    first: Tensor,
-    second: Tensor | None,
-    eps: float,
-    *,
-    store_sum: bool,
-) -> None:
+    x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None, total: Tensor | None, eps: float
+) -> Tensor:
     assert x.is_contiguous()
-    assert attention is None or attention.is_contiguous()
-    assert ffn is None or ffn.is_contiguous()
+    assert branch is None or branch.is_contiguous()
     rows, width = x.shape
     tile_h = power_of_2(width)
+    normed = torch.empty_like(x)
     _norm_row[(rows,)](
         x,
-        attention,
-        ffn,
-        weight1,
-        bias1,
-        weight2,
-        bias2,
+        branch,
+        weight,
+        bias,
         total,
-        first,
-        second,
+        normed,
         width,
         eps,
-        ADD=attention is not None and ffn is not None,
-        STORE_SUM=store_sum,
-        TWO_NORMS=second is not None,
+        ADD=branch is not None,
+        STORE_SUM=total is not None,
+        AFFINE=weight is not None,
         TILE_H=tile_h,
         num_warps=max(1, min(16, tile_h // 512)),
     )
+    return normed

@@ -15,19 +15,26 @@ NUM_WARPS = 4
 
 
 def rotary_local_attention(
-    qkv: Tensor, first_position: int, table: Tensor, key_scratch: Tensor, value_scratch: Tensor, scale: float
-) -> Tensor:
+    qkv: Tensor,
+    first_position: int,
+    table: Tensor,
+    key_scratch: Tensor,
+    value_scratch: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
     """Store the keys and values of new positions in the scratch cache and attend from them to all so far.
 
     qkv: [R, S, heads * 3 * D], overwritten; its entry [r, s] sits at position first_position + s of row r and attends
     to positions 0 up to its own. table: from `rotary_table`. key_scratch, value_scratch: [rows >= R, heads, P, D],
-    positions in front of first_position written. Returns [R, S, heads, D].
+    positions in front of first_position written. out: [R, S, heads, D], overwritten. Entries of `qkv` and of `out` may
+    lie apart, all by the same distance.
     """
     query = rotary_scratch_write(qkv, first_position, table, key_scratch, value_scratch)
     rows, length = query.shape[:2]
     end = first_position + length
     keys, values = key_scratch[:rows, :, :end], value_scratch[:rows, :, :end]
-    return attend_causal(query.transpose(1, 2), keys, values, first_position, scale).transpose(1, 2)
+    out.copy_(attend_causal(query.transpose(1, 2), keys, values, first_position, scale).transpose(1, 2))
 
 
 @jit
@@ -47,13 +54,15 @@ def _attend_pairs(
     table: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
-    attended: tl.tensor,
+    out: tl.tensor,
     scale: tl.tensor,
     first_position: tl.tensor,
     pairs: tl.tensor,
     heads: tl.tensor,
     length: tl.tensor,
     places: tl.tensor,
+    qkv_stride: tl.tensor,
+    out_stride: tl.tensor,
     HEAD_SIZE: tl.constexpr,
     ROTARY: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -68,9 +77,9 @@ def _attend_pairs(
     dims = tl.arange(0, HEAD_SIZE)
     inside = (pair < pairs)[:, None] & (dims < HEAD_SIZE)[None, :]
     pair = pair.to(tl.int64)
-    first_entry = pair // heads * length * heads + pair % heads
-    entry = first_entry + s * heads
-    source = qkv + entry * 3 * HEAD_SIZE
+    first_entry, head = pair // heads * length, pair % heads
+    first_source = qkv + first_entry * qkv_stride + head * 3 * HEAD_SIZE
+    source = first_source + s * qkv_stride
     angles = table + (first_position + s) * ROTARY
     q = load_rotated(source, angles, dims, inside, ROTARY) * scale
     k = load_rotated(source + HEAD_SIZE, angles, dims, inside, ROTARY)
@@ -87,44 +96,52 @@ def _attend_pairs(
         v = tl.load(values + where + position * HEAD_SIZE, mask=inside, other=0)
         best, total, sums = _attend_to(q, k, v.to(tl.float32), best, total, sums)
     for new in range(s):
-        source = qkv + (first_entry + new * heads) * 3 * HEAD_SIZE
+        source = first_source + new * qkv_stride
         k = load_rotated(source + HEAD_SIZE, table + (first_position + new) * ROTARY, dims, inside, ROTARY)
         v = tl.load((source + 2 * HEAD_SIZE)[:, None] + dims[None, :], mask=inside, other=0)
         best, total, sums = _attend_to(q, k, v.to(tl.float32), best, total, sums)
-    result = (sums / total[:, None]).to(attended.dtype.element_ty)
-    tl.store(attended + entry[:, None] * HEAD_SIZE + dims[None, :], result, mask=inside)
+    result = (sums / total[:, None]).to(out.dtype.element_ty)
+    to_out = (first_entry + s) * out_stride + head * HEAD_SIZE
+    tl.store(out + to_out[:, None] + dims[None, :], result, mask=inside)
 
 
 def triton_rotary_local_attention(
-    qkv: Tensor, first_position: int, table: Tensor, key_scratch: Tensor, value_scratch: Tensor, scale: float
-) -> Tensor:
+    qkv: Tensor,
+    first_position: int,
+    table: Tensor,
+    key_scratch: Tensor,
+    value_scratch: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
     """`rotary_local_attention` in Triton: softmax(scale * q K^T + causal mask) V over a block's few positions.
 
-    A program takes one new position of a few pairs of row and head through an online softmax. Everything contiguous;
-    `qkv` is left as it is.
+    A program takes one new position of a few pairs of row and head through an online softmax. All but the rows of
+    `qkv` and `out` contiguous; `qkv` is left as it is.
     """
-    assert qkv.is_contiguous() and table.is_contiguous()
-    assert key_scratch.is_contiguous() and value_scratch.is_contiguous()
+    assert table.is_contiguous() and key_scratch.is_contiguous() and value_scratch.is_contiguous()
     rows, length, _width = qkv.shape
     _rows, heads, places, head_size = key_scratch.shape
     assert first_position + length <= places
-    attended = qkv.new_empty(rows, length, heads, head_size)
+    assert qkv.stride(2) == 1 and qkv.stride(0) == length * qkv.stride(1)
+    assert out.stride()[2:] == (head_size, 1) and out.stride(0) == length * out.stride(1)
     tile_n = min(power_of_2(rows * heads), max(1, TILE_NUMBERS // head_size))
     _attend_pairs[(cdiv(rows * heads, tile_n), length)](
         qkv,
         table,
         key_scratch,
         value_scratch,
-        attended,
+        out,
         scale * LOG2_E,
         first_position,
         rows * heads,
         heads,
         length,
         places,
+        qkv.stride(1),
+        out.stride(1),
         HEAD_SIZE=head_size,
         ROTARY=table.shape[1],
         TILE_N=tile_n,
         num_warps=NUM_WARPS,
     )
-    return attended

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.decode_attention import gather_pages
-from kernels.jit import LOG2_E, interpreted, jit, tl
+from kernels.jit import LOG2_E, interpreted, jit, jit_for_any, tl
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,17 @@ def paged_prefill_attention(
     chunk_offsets: Tensor,
     chunk_positions: Tensor,
     scale: float,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """softmax(scale * q K^T + causal mask) V for chunks of consecutive positions, laid one behind the other.
 
     query: [N, heads, D]. key_cache, value_cache: [pages, heads, page_size, D]; they hold the chunks' own keys and
     values already. page_table: [rows, max_pages] int32. Chunk c: queries chunk_offsets[c]:chunk_offsets[c+1], of table
     row chunk_rows[c], at positions chunk_positions[c], chunk_positions[c]+1, ...; each attends to positions 0 up to
-    its own (all int32, [C], offsets [C+1]). Returns [N, heads, D]. The twin reads the chunks' borders on the host.
+    its own (all int32, [C], offsets [C+1]). out: [N, heads, D], overwritten; its rows may lie apart. The twin reads the
+    chunks' borders on the host.
     """
     page_size = key_cache.shape[2]
-    attended = torch.empty_like(query)
     offsets = chunk_offsets.tolist()
     for start, end, row, first in zip(
         offsets[:-1], offsets[1:], chunk_rows.tolist(), chunk_positions.tolist(), strict=True
@@ -53,10 +54,8 @@ def paged_prefill_attention(
         pages = page_table[row : row + 1, : -(-context // page_size)]
         keys, values = gather_pages(key_cache, value_cache, pages)
         chunk = query[None, start:end].transpose(1, 2)
-        attended[start:end] = attend_causal(chunk, keys[:, :, :context], values[:, :, :context], first, scale)[
-            0
-        ].transpose(0, 1)
-    return attended
+        attended = attend_causal(chunk, keys[:, :, :context], values[:, :, :context], first, scale)
+        out[start:end] = attended[0].transpose(0, 1)
 
 
 def attend_causal(query: Tensor, keys: Tensor, values: Tensor, first_position: int, scale: float) -> Tensor:
@@ -138,7 +137,7 @@ def _attend_range(
     return best, total, sums
 
 
-@jit
+@jit_for_any("chunks")
 def _attend_tile(
     query: tl.tensor,
     keys: tl.tensor,
@@ -147,11 +146,12 @@ def _attend_tile(
     chunk_rows: tl.tensor,
     chunk_offsets: tl.tensor,
     chunk_positions: tl.tensor,
-    attended: tl.tensor,
+    out: tl.tensor,
     scale: tl.tensor,
     chunks: tl.tensor,
     heads: tl.tensor,
     table_stride: tl.tensor,
+    out_stride: tl.tensor,
     PAGE_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -205,7 +205,8 @@ def _attend_tile(
             TILE_T,
             STAGES,
         )
-    tl.store(attended + places, (sums / total[:, None]).to(attended.dtype.element_ty), mask=inside)
+    places = (entries.to(tl.int64) * out_stride + head * HEAD_SIZE)[:, None] + dims[None, :]
+    tl.store(out + places, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 def triton_paged_prefill_attention(
@@ -217,18 +218,18 @@ def triton_paged_prefill_attention(
     chunk_offsets: Tensor,
     chunk_positions: Tensor,
     scale: float,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """`paged_prefill_attention` in Triton: softmax(scale * q K^T + causal mask) V over ragged chunks.
 
     A program attends from one tile of queries with an online softmax. The grid follows from N and C alone, and programs
     find their chunk on the device: the host reads nothing.
     """
     assert query.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
-    assert page_table.stride(1) == 1
     length, heads, head_size = query.shape
+    assert page_table.stride(1) == 1 and out.stride()[1:] == (head_size, 1)
     chunks = chunk_rows.shape[0]
     tiling = PRECISE_TILING if query.dtype == torch.float32 else TILING
-    attended = torch.empty_like(query)
     _attend_tile[(heads, length // tiling.queries + chunks)](
         query,
         key_cache,
@@ -237,11 +238,12 @@ def triton_paged_prefill_attention(
         chunk_rows,
         chunk_offsets,
         chunk_positions,
-        attended,
+        out,
         scale * LOG2_E,
         chunks,
         heads,
         page_table.stride(0),
+        out.stride(0),
         PAGE_SIZE=key_cache.shape[2],
         HEAD_SIZE=head_size,
         WIDEN=interpreted(),
@@ -251,4 +253,3 @@ def triton_paged_prefill_attention(
         STAGES=tiling.stages,
         num_warps=tiling.warps,
     )
-    return attended

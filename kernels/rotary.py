@@ -26,9 +26,9 @@ def rotary_paged_write(
 ) -> Tensor:
     """Rotate queries and keys, store keys and values in the paged cache.
 
-    qkv: [N, heads * 3 * D], overwritten. positions: [N] int32, in the sequence. slots: [N] int64, page * page_size +
-    offset in the page. table: from `rotary_table`. key_cache, value_cache: [pages, heads, page_size, D]. Returns the
-    queries [N, heads, D].
+    qkv: [N, heads * 3 * D], whose rows may lie apart; overwritten. positions: [N] int32, in the sequence. slots: [N]
+    int64, page * page_size + offset in the page. table: from `rotary_table`. key_cache, value_cache: [pages, heads,
+    page_size, D]. Returns the queries [N, heads, D].
     """
     _pages, heads, page_size, head_size = key_cache.shape
     query, key, value = _rotate(qkv.view(-1, heads, 3, head_size), table.index_select(0, positions)[:, None, None])
@@ -94,6 +94,7 @@ def _store_heads(
     keys: tl.tensor,
     values: tl.tensor,
     cache_heads: tl.tensor,
+    qkv_stride: tl.tensor,
     entry: tl.tensor,
     heads: tl.tensor,
     HEAD_SIZE: tl.constexpr,
@@ -104,7 +105,7 @@ def _store_heads(
     head = tl.program_id(1) * TILE_H + tl.arange(0, TILE_H)
     dims = tl.arange(0, HEAD_SIZE)
     inside = (head < heads)[:, None] & (dims < HEAD_SIZE)[None, :]
-    source = qkv + (entry * heads + head) * 3 * HEAD_SIZE
+    source = qkv + entry * qkv_stride + head * 3 * HEAD_SIZE
     to_query = (entry * heads + head)[:, None] * HEAD_SIZE + dims[None, :]
     to_cache = (head * cache_heads)[:, None] * HEAD_SIZE + dims[None, :]
     rotated = load_rotated(source, angles, dims, inside, ROTARY)
@@ -125,6 +126,7 @@ def _write_paged(
     keys: tl.tensor,
     values: tl.tensor,
     heads: tl.tensor,
+    qkv_stride: tl.tensor,
     PAGE_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     ROTARY: tl.constexpr,
@@ -135,7 +137,8 @@ def _write_paged(
     slot = tl.load(slots + entry)
     angles = table + tl.load(positions + entry).to(tl.int64) * ROTARY
     start = (slot // PAGE_SIZE * heads * PAGE_SIZE + slot % PAGE_SIZE) * HEAD_SIZE
-    _store_heads(qkv, angles, query, keys + start, values + start, PAGE_SIZE, entry, heads, HEAD_SIZE, ROTARY, TILE_H)
+    keys, values = keys + start, values + start
+    _store_heads(qkv, angles, query, keys, values, PAGE_SIZE, qkv_stride, entry, heads, HEAD_SIZE, ROTARY, TILE_H)
 
 
 def triton_rotary_paged_write(
@@ -143,9 +146,10 @@ def triton_rotary_paged_write(
 ) -> Tensor:
     """`rotary_paged_write` in Triton: x'_i = x_i cos - x_{i+half} sin, x'_{i+half} = x_{i+half} cos + x_i sin.
 
-    A program rotates and stores some heads of one position. Everything contiguous; `qkv` is left as it is.
+    A program rotates and stores some heads of one position. All but the rows of `qkv` contiguous; `qkv` is left as it
+    is.
     """
-    assert qkv.is_contiguous() and table.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
+    assert qkv.stride(1) == 1 and table.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
     _pages, heads, page_size, head_size = key_cache.shape
     query = qkv.new_empty(qkv.shape[0], heads, head_size)
     tile_h = _heads_of_a_program(heads, head_size)
@@ -158,6 +162,7 @@ def triton_rotary_paged_write(
         key_cache,
         value_cache,
         heads,
+        qkv.stride(0),
         PAGE_SIZE=page_size,
         HEAD_SIZE=head_size,
         ROTARY=table.shape[1],

@@ -62,13 +62,20 @@ class BlockDecoder:
         """Block embeddings x [R, H], one a row -> context embeddings [R, H]. Stores the positions' keys and values."""
         context_lengths = batch.positions + 1
 
-        def attend(layer: int, qkv: Tensor) -> Tensor:
+        def attend(layer: int, qkv: Tensor, out: Tensor) -> None:
             query = self._kernels.rotary_paged_write(
                 qkv, batch.positions, batch.slots, self._rotary, keys[layer], values[layer]
             )
-            return self._kernels.paged_decode_attention(
-                query, keys[layer], values[layer], batch.page_table, batch.row_index, context_lengths, self._scale
-            ).flatten(1)
+            self._kernels.paged_decode_attention(
+                query,
+                keys[layer],
+                values[layer],
+                batch.page_table,
+                batch.row_index,
+                context_lengths,
+                self._scale,
+                out.view(query.shape),
+            )
 
         return self._stack.forward(x, attend)
 
@@ -80,9 +87,10 @@ class BlockDecoder:
                 qkv, batch.positions, batch.slots, self._rotary, keys[layer], values[layer]
             )
 
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            return self._kernels.paged_prefill_attention(
-                write(layer, qkv),
+        def attend(layer: int, qkv: Tensor, out: Tensor) -> None:
+            query = write(layer, qkv)
+            self._kernels.paged_prefill_attention(
+                query,
                 keys[layer],
                 values[layer],
                 batch.page_table,
@@ -90,6 +98,7 @@ class BlockDecoder:
                 batch.chunk_offsets,
                 batch.chunk_positions,
                 self._scale,
-            ).flatten(1)
+                out.view(query.shape),
+            )
 
         self._stack.project_only(x, attend, write)

@@ -1,19 +1,31 @@
 """The stack of GPT-NeoX layers that both decoders consist of.
 
-A layer with parallel residual: x' = x + attention(norm1(x)) + ffn(norm2(x)). The stack knows nothing of where keys and
-values live: it hands each layer's fused projection to the decoder's own attention.
+A layer with parallel residual, x' = x + attention(norm1(x)) + ffn(norm2(x)), is two products here. Both norms see the
+same x, so their weights and biases are folded into the products behind them, which become one; and the sum of the
+branches' last products is a product of what they multiply, side by side:
+
+    n            = (x - mean(x)) / sqrt(var(x) + eps)
+    [qkv | up]   = n @ [diag(w1) Wqkv | diag(w2) Wup] + [bqkv + b1 Wqkv | bup + b2 Wup]
+    x'           = x + [attention(qkv) | gelu(up)] @ [Wout ; Wdown] + bout + bdown
+
+The stack knows nothing of where keys and values live: it hands each layer's qkv to the decoder's own attention.
+Letters in shapes: N positions, H width, F inner width of the FFN.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from engine.config import DecoderConfig
 from kernels.dispatch import Kernels
 
-Attend = Callable[[int, Tensor], Tensor]
-"""(layer, fused query-key-value projection [N, 3 * H]) -> attention's output in front of its last product [N, H]."""
+Attend = Callable[[int, Tensor, Tensor], None]
+"""(layer, queries, keys and values [N, 3 * H], out [N, H]): writes attention's output, in front of its last product.
+
+Both are parts of wider buffers; the first is laid out [query | key | value] a head and may be overwritten.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,25 +57,35 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one layer; `query_key_value` is laid out [query | key | value] a head."""
+    """The two products of a layer, in place of the checkpoint's norms and four products."""
 
-    attention_norm: Norm
-    ffn_norm: Norm
-    query_key_value: Linear
-    attention_out: Linear
-    ffn_up: Linear
-    ffn_down: Linear
+    into: Linear
+    """From the normalised x [N, H] to [qkv | up] [N, 3 * H + F]."""
+    out_of: Linear
+    """From [attention | gelu(up)] [N, H + F] to what is added to x [N, H]."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], name: str) -> "Layer":
-        """The layer that a checkpoint calls `name`."""
+        """The layer that a checkpoint calls `name`. Merged in fp32, and rounded once to the checkpoint's dtype."""
+
+        def tensor(part: str) -> Tensor:
+            return tensors[f"{name}.{part}"].float()
+
+        def behind(norm: str, linear: str) -> tuple[Tensor, Tensor]:
+            weight, bias = tensor(f"{linear}.weight"), tensor(f"{linear}.bias")
+            return weight * tensor(f"{norm}.weight"), torch.addmv(bias, weight, tensor(f"{norm}.bias"))
+
+        dtype = tensors[f"{name}.attention.dense.weight"].dtype
+        weights, biases = zip(
+            behind("input_layernorm", "attention.query_key_value"),
+            behind("post_attention_layernorm", "mlp.dense_h_to_4h"),
+            strict=True,
+        )
+        last = torch.cat((tensor("attention.dense.weight"), tensor("mlp.dense_4h_to_h.weight")), dim=1)
+        last_bias = tensor("attention.dense.bias") + tensor("mlp.dense_4h_to_h.bias")
         return cls(
-            attention_norm=Norm.of(tensors, f"{name}.input_layernorm"),
-            ffn_norm=Norm.of(tensors, f"{name}.post_attention_layernorm"),
-            query_key_value=Linear.of(tensors, f"{name}.attention.query_key_value"),
-            attention_out=Linear.of(tensors, f"{name}.attention.dense"),
-            ffn_up=Linear.of(tensors, f"{name}.mlp.dense_h_to_4h"),
-            ffn_down=Linear.of(tensors, f"{name}.mlp.dense_4h_to_h"),
+            into=Linear(torch.cat(weights).to(dtype).t().contiguous(), torch.cat(biases).to(dtype)),
+            out_of=Linear(last.to(dtype).t().contiguous(), last_bias.to(dtype)),
         )
 
 
@@ -83,32 +105,29 @@ class LayerStack:
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """All layers and the final norm: x [N, H] -> [N, H]."""
-        x, attention, ffn = self._run(x, attend, self.layers)
-        norm, eps = self.final_norm, self.config.layer_norm_eps
-        return self.kernels.residual_layer_norm(x, attention, ffn, norm.weight, norm.bias, eps)
+        x, branch = self._run(x, attend, self.layers)
+        norm = self.final_norm
+        return self.kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, self.config.layer_norm_eps)
 
     def project_only(self, x: Tensor, attend: Attend, project: Callable[[int, Tensor], object]) -> None:
-        """As much of `forward` as keys and values need: the last layer stops at its projection, which `project` gets.
+        """As much of `forward` as keys and values need: of the last layer its qkv [N, 3 * H], which `project` gets.
 
         x: [N, H]. The last layer's attention and FFN, and the final norm, would only make an output that nobody reads.
         """
-        layers, last = self.layers[:-1], self.layers[-1]
-        x, attention, ffn = self._run(x, attend, layers)
-        norm, eps = last.attention_norm, self.config.layer_norm_eps
-        normed = self.kernels.residual_layer_norm(x, attention, ffn, norm.weight, norm.bias, eps)
-        project(len(layers), self.linear(normed, last.query_key_value))
+        layers, last = self.layers[:-1], self.layers[-1].into
+        _, normed = self.kernels.residual_normalise(*self._run(x, attend, layers), self.config.layer_norm_eps)
+        end = 3 * self.config.hidden_size
+        assert last.bias is not None
+        project(len(layers), self.linear(normed, Linear(last.weight[:, :end], last.bias[:end])))
 
-    def _run(self, x: Tensor, attend: Attend, layers: Sequence[Layer]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The residual stream behind `layers`, and the last one's two branches, not yet added to it."""
-        attention, ffn = None, None
+    def _run(self, x: Tensor, attend: Attend, layers: Sequence[Layer]) -> tuple[Tensor, Tensor | None]:
+        """The residual stream behind `layers`, and what the last one has yet to add to it."""
+        width, branch = self.config.hidden_size, None
         for index, layer in enumerate(layers):
-            first, second = layer.attention_norm, layer.ffn_norm
-            x, for_attention, for_ffn = self.kernels.residual_layer_norms(
-                x, attention, ffn, first.weight, first.bias, second.weight, second.bias, self.config.layer_norm_eps
-            )
-            attention = self.linear(
-                attend(index, self.linear(for_attention, layer.query_key_value)), layer.attention_out
-            )
-            inner = self.kernels.linear_gelu(for_ffn, layer.ffn_up.weight, layer.ffn_up.bias)
-            ffn = self.linear(inner, layer.ffn_down)
-        return x, attention, ffn
+            x, normed = self.kernels.residual_normalise(x, branch, self.config.layer_norm_eps)
+            qkv, up = self.linear(normed, layer.into).tensor_split((3 * width,), dim=1)
+            inner = x.new_empty(len(x), layer.out_of.weight.shape[0])
+            attend(index, qkv, inner[:, :width])
+            self.kernels.gelu_into(up, inner[:, width:])
+            branch = self.linear(inner, layer.out_of)
+        return x, branch

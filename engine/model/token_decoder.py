@@ -69,17 +69,18 @@ class TokenDecoder:
     def _positions(self, x: Tensor, first_position: int, scratch: Scratch) -> Tensor:
         """Run positions first_position.. of every row: x [R, S, h] -> [R, S, h] behind the final norm."""
         rows, length, width = x.shape
+        heads = self._config.token_decoder.num_heads
 
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            attended = self._kernels.rotary_local_attention(
+        def attend(layer: int, qkv: Tensor, out: Tensor) -> None:
+            self._kernels.rotary_local_attention(
                 qkv.view(rows, length, -1),
                 first_position,
                 self._rotary,
                 scratch.keys[layer],
                 scratch.values[layer],
                 self._scale,
+                out.view(rows, length, heads, -1),
             )
-            return attended.reshape(-1, width)
 
         return self._stack.forward(x.reshape(-1, width), attend).view(rows, length, width)
 

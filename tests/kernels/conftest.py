@@ -52,12 +52,16 @@ class _Moved:
                 back = there.cpu()
                 if not torch.equal(argument.nan_to_num(), back.nan_to_num()):
                     argument.copy_(back)
+        if result is None:
+            return None
         return tuple(part.cpu() for part in result) if isinstance(result, tuple) else result.cpu()
 
 
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        # With its strides: `to` would close the gaps between rows.
+        there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return there.copy_(value)
     if isinstance(value, SamplingTables):
         return SamplingTables(**{name: table.to(device) for name, table in vars(value).items()})
     return value

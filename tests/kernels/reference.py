@@ -29,6 +29,20 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
+def apart(tensor: Tensor) -> Tensor:
+    """The same numbers in a wider buffer of nines, so that rows lie apart. tensor: [N, W]."""
+    wide = tensor.new_full((tensor.shape[0], tensor.shape[1] + 24), 9.0)
+    part = wide[:, 8:-16]
+    return part.copy_(tensor)
+
+
+def is_whole_around(part: Tensor) -> bool:
+    """Whether the rest of a buffer that `apart` made is as it was."""
+    rows, width = part.shape[0], part.stride(0)
+    wide = part.as_strided((rows, width), (width, 1), 0)
+    return bool((wide[:, :8] == 9).all() and (wide[:, -16:] == 9).all())
+
+
 def int32(values: Sequence[int]) -> Tensor:
     """A tensor of int32."""
     return torch.tensor(values, dtype=torch.int32)

@@ -5,7 +5,7 @@ import torch
 
 from kernels.dispatch import Kernels
 from kernels.rotary import rotary_table
-from tests.kernels.reference import DTYPES, assert_exact_as_torch, attention, random
+from tests.kernels.reference import DTYPES, apart, assert_exact_as_torch, attention, is_whole_around, random
 from tests.kernels.test_rotary import BASE, SHAPES, rotated
 
 
@@ -30,7 +30,7 @@ def attention_of_rotated(
 def test_causal(
     kernels: Kernels, dtype: torch.dtype, heads: int, head_size: int, dims: int, rows: int, length: int, first: int
 ) -> None:
-    qkv = random(rows, length, heads * 3 * head_size, dtype=dtype)
+    qkv = apart(random(rows * length, heads * 3 * head_size, dtype=dtype))
     parts = qkv.clone().view(rows, length, heads, 3, head_size)
     scratch = [torch.full((rows + 2, heads, 6, head_size), torch.nan, dtype=dtype) for _ in range(2)]
     for seed, cache in enumerate(scratch):
@@ -38,8 +38,11 @@ def test_causal(
     before = [cache.clone() for cache in scratch]
     table = rotary_table(6, dims, BASE, torch.device("cpu"))
     scale = head_size**-0.5
-    attended = kernels.rotary_local_attention(qkv, first, table, scratch[0], scratch[1], scale)
-    assert attended.shape == (rows, length, heads, head_size)
+    out = apart(torch.empty(rows * length, heads * head_size, dtype=dtype))
+    attended = out.view(rows, length, heads, head_size)
+    kernels.rotary_local_attention(qkv.view(rows, length, -1), first, table, scratch[0], scratch[1], scale, attended)
+    assert is_whole_around(out)
+    assert is_whole_around(qkv)
     positions = list(range(first, first + length))
     for row in range(rows):
         older = [cache[row, :, :first].transpose(0, 1) for cache in before]

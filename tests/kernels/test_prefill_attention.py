@@ -5,7 +5,7 @@ import torch
 
 from kernels.dispatch import Kernels
 from tests.kernels.pages import fill_pages
-from tests.kernels.reference import DTYPES, assert_exact_as_torch, attention, int32, random
+from tests.kernels.reference import DTYPES, apart, assert_exact_as_torch, attention, int32, is_whole_around, random
 
 CHUNKS = (
     [(0, 0, 1)],
@@ -49,7 +49,9 @@ def check(
         offsets.append(offsets[-1] + length)
     query = random(offsets[-1], heads, head_size, dtype=dtype, seed=99)
     scale = head_size**-0.5
-    attended = kernels.paged_prefill_attention(
+    out = apart(torch.empty(offsets[-1], heads * head_size, dtype=dtype))
+    attended = out.view(query.shape)
+    kernels.paged_prefill_attention(
         query,
         pages.key_cache,
         pages.value_cache,
@@ -58,7 +60,9 @@ def check(
         int32(offsets),
         int32([first for _, first, _ in chunks]),
         scale,
+        attended,
     )
+    assert is_whole_around(out)
     for start, (sequence, first, length) in zip(offsets, chunks, strict=False):
         part = slice(start, start + length)
         inputs = query[part], pages.keys[sequence], pages.values[sequence]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 from kernels.rotary import rotary_scratch_write, rotary_table
-from tests.kernels.reference import DTYPES, assert_exact_as_torch, int32, random
+from tests.kernels.reference import DTYPES, apart, assert_exact_as_torch, int32, is_whole_around, random
 
 BASE = 10000.0
 SHAPES = [(1, 16, 4), (3, 32, 8), (2, 64, 64), (5, 128, 32), (4, 16, 2)]
@@ -43,12 +43,13 @@ def test_paged_write(
     kernels: Kernels, dtype: torch.dtype, heads: int, head_size: int, dims: int, page_size: int
 ) -> None:
     positions, slots = [0, 1, 13, 39, 7], [page_size, 2 * page_size - 1, 0, 5 * page_size + 3, 3 * page_size + 7]
-    qkv = random(5, heads * 3 * head_size, dtype=dtype)
+    qkv = apart(random(5, heads * 3 * head_size, dtype=dtype))
     parts = qkv.clone().view(5, heads, 3, head_size)
     caches = [torch.full((6, heads, page_size, head_size), 9.0, dtype=dtype) for _ in range(2)]
     table = rotary_table(40, dims, BASE, torch.device("cpu"))
     query = kernels.rotary_paged_write(qkv, int32(positions), torch.tensor(slots), table, caches[0], caches[1])
     assert_exact_as_torch(query, rotated, parts[:, :, 0], positions, dims)
+    assert is_whole_around(qkv)
     pages, offsets = [slot // page_size for slot in slots], [slot % page_size for slot in slots]
     assert_exact_as_torch(caches[0][pages, :, offsets], rotated, parts[:, :, 1], positions, dims)
     assert torch.equal(caches[1][pages, :, offsets], parts[:, :, 2])

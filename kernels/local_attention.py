@@ -123,8 +123,7 @@ def triton_rotary_local_attention(
     rows, length, _width = qkv.shape
     _rows, heads, places, head_size = key_scratch.shape
     assert first_position + length <= places
-    assert qkv.stride(2) == 1 and qkv.stride(0) == length * qkv.stride(1)
-    assert out.stride()[2:] == (head_size, 1) and out.stride(0) == length * out.stride(1)
+    assert qkv.stride(2) == 1 and out.stride()[2:] == (head_size, 1)
     tile_n = min(power_of_2(rows * heads), max(1, TILE_NUMBERS // head_size))
     _attend_pairs[(cdiv(rows * heads, tile_n), length)](
         qkv,
@@ -138,10 +137,19 @@ def triton_rotary_local_attention(
         heads,
         length,
         places,
-        qkv.stride(1),
-        out.stride(1),
+        _position_stride(qkv),
+        _position_stride(out),
         HEAD_SIZE=head_size,
         ROTARY=table.shape[1],
         TILE_N=tile_n,
         num_warps=NUM_WARPS,
     )
+
+
+def _position_stride(x: Tensor) -> int:
+    """Numbers from one position of x [R, S, ...] to the next, the same within a row and from row to row."""
+    rows, length = x.shape[:2]
+    stride = x.stride(1) if length > 1 else x.stride(0)
+    # The stride of a dimension of one means nothing.
+    assert rows == 1 or x.stride(0) == length * stride
+    return stride

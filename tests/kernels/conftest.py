@@ -59,6 +59,8 @@ class _Moved:
 
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
+        if 0 in value.stride():
+            return value.to(device)
         # With its strides: `to` would close the gaps between rows.
         there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
         return there.copy_(value)

@@ -26,7 +26,9 @@ def attention_of_rotated(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_size", "dims"), SHAPES)
-@pytest.mark.parametrize(("rows", "length", "first"), [(1, 1, 0), (1, 1, 4), (4, 2, 0), (3, 3, 2), (2, 5, 0)])
+@pytest.mark.parametrize(
+    ("rows", "length", "first"), [(1, 1, 0), (1, 1, 4), (1, 2, 0), (4, 2, 0), (3, 3, 2), (2, 5, 0)]
+)
 def test_causal(
     kernels: Kernels, dtype: torch.dtype, heads: int, head_size: int, dims: int, rows: int, length: int, first: int
 ) -> None:

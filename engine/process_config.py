@@ -33,6 +33,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_step_positions: int | None = None
     kv_bytes: int | None = None
     memory_fraction: float | None = None
+    prefix_cache: bool | None = None
     overlapped: bool | None = None
     cuda_graphs: bool | None = None
 

@@ -85,7 +85,8 @@ def random_arrivals(rng: random.Random, config: ModelConfig, *, crowd: bool) -> 
         abort_after = rng.choice([None, None, 0, 1, 2, 6]) if request_id else None
         share = config.max_length // 32
         params = random_params(rng, 12 * share, 22 * share) if crowd else random_params(rng, 1, 38)
-        length = rng.randint(1, 20 if crowd else 88)
+        # Of one length often: where prompts are padded in front, others have no pages in common.
+        length = rng.randint(1, 20) if crowd else rng.choice([rng.randint(1, 88), 88])
         shared = rng.choice([0, length // 2, length, length])
         request = GenerationRequest.of(
             request_id=request_id,

@@ -103,6 +103,18 @@ def test_equal_keys_of_different_prefixes_serve_no_pages(digest: Callable[[bytes
     assert cache.find(asking(cache, 1)) == writer.pages[:1], "who came first keeps the key"
 
 
+def test_equal_keys_of_equal_pages_behind_different_prefixes_serve_no_pages() -> None:
+    _, cache = cache_of(digest=lambda data: sha256(data[-4 * PAGE_TOKENS :]))
+    write(cache, 1, 2)
+    other = write(cache, 3)
+    asked = asking(cache, 3, 2)
+    assert cache.find(asked) == other.pages
+    asked.pages = other.pages + cache.allocate(1)
+    cache.publish(asked, 2, 4, 2)
+    cache.check_integrity()
+    assert cache.find(asking(cache, 3, 2)) == other.pages
+
+
 @pytest.mark.parametrize("max_in_flight", [1, 2])
 def test_no_life_with_colliding_keys_breaks_a_rule(max_in_flight: int) -> None:
     """The device of these lives looks at the content of every page that a row reads."""

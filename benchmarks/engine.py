@@ -127,7 +127,7 @@ def profile_model(model: BenchmarkModel, arguments: argparse.Namespace) -> None:
     config = engine_config(model, arguments, max_waiting=1 << 20)
     page_tokens = config.page_size * length
     with loaded_core(model, config) as core:
-        for name in arguments.workloads:
+        for place, name in enumerate(arguments.workloads):
             if arguments.profile == "decode":
                 workload = decode_workload(WORKLOADS[name], length, config)
                 pages = -(-(workload.prompt_tokens + workload.answer_tokens) // page_tokens)
@@ -135,7 +135,8 @@ def profile_model(model: BenchmarkModel, arguments: argparse.Namespace) -> None:
             else:
                 workload = prefill_workload(WORKLOADS[name], length)
                 number = prefill_number(workload, length, config)
-            requests = make_requests(workload, number, vocabulary, sampling=arguments.sampling)
+            # A seed of its own: prompts that begin alike would be found in the prefix cache.
+            requests = make_requests(workload, number, vocabulary, place, arguments.sampling)
             profile_steps(core, requests, torch.device(config.device), arguments.profile)
 
 

@@ -22,7 +22,7 @@ def flags() -> str:
     for group in GROUPS:
         rows = [
             (
-                f"`{flag_name(name)} {extra['metavar']}`".replace(" `", "`"),
+                _flag(name, str(extra["metavar"]), field.default),
                 f"`{ENVIRONMENT_PREFIX}{name.upper()}`",
                 str(extra.get("shown") or _plain(field.default)),
                 f"{field.description}",
@@ -64,6 +64,12 @@ def main() -> None:
 def _extra(value: Any) -> dict[str, Any]:
     assert isinstance(value, dict), "a setting is declared without its group"
     return value
+
+
+def _flag(name: str, metavar: str, default: object) -> str:
+    if default is True:
+        return f"`{flag_name(name)}`, `{flag_name('no_' + name)}`"
+    return f"`{flag_name(name)} {metavar}`".replace(" `", "`")
 
 
 def _plain(value: object) -> str:

@@ -12,9 +12,10 @@ class Occupancy(NamedTuple):
     running: int
     """Sequences that hold a row."""
     running_worst: int
-    """What they can come to hold together."""
+    """What they can come to hold together, if they share nothing."""
     prompt: int
-    """What the waiting sequence takes at once: all up to its first decode."""
+    """What the waiting sequence takes of the free ones at once: all up to its first decode but those that it shares
+    with sequences that hold them."""
     worst: int
     """What it can come to hold."""
 

@@ -333,6 +333,8 @@ class EngineConfig(_Frozen):
     kv_bytes: Annotated[int, Field(gt=0)] | None = None
     """Memory for the KV cache. None: what steps leave of `memory_fraction` of the free memory behind the weights."""
     memory_fraction: Annotated[float, Field(gt=0, le=0.98)] = 0.9
+    prefix_cache: bool = True
+    """Keep the pages of prompts, and share them between requests with equal prompt prefixes."""
     overlapped: bool = False
     """Plan and commit steps while the device runs the next one. False: one step at a time, from plan to commit."""
     cuda_graphs: bool = True

@@ -18,9 +18,11 @@ from engine.decode_step import DecodeStep
 from engine.deltas import StepDeltas
 from engine.graphs import DecodeGraphs
 from engine.kv_cache import KVCache, KVLayout, free_memory, plan_pages
+from engine.meter import EngineTotals
 from engine.model.build import build_model
 from engine.model.model import Model
 from engine.page_pool import PagePool
+from engine.prefix_cache import PrefixCache
 from engine.rehearsal import activation_bytes
 from engine.runner import Runner, StepInFlight
 from engine.scheduler import Scheduler
@@ -29,7 +31,7 @@ from engine.staging import Staging
 from engine.step_budget import StepBudget
 from engine.step_plan import StepPlan
 from engine.types import MAX_STOP_TOKEN_IDS, EngineInfo, EngineLoad, GenerationRequest, InvalidRequestError
-from engine.validation import unpack_prompt, validate_priority, validate_request
+from engine.validation import unpack_prompt, validate_cache_salt, validate_priority, validate_request
 from engine.weights import expected_shapes, load_weights, random_weights
 from kernels.dispatch import Kernels, select_kernels
 
@@ -73,6 +75,7 @@ class EngineCore:
         pages = plan_pages(layout, model.config, config, free_memory(device), activations)
         cache = KVCache.allocate(layout, pages, device)
         self._pool = make_pool(cache.pages)
+        self._prefix_cache = PrefixCache(self._pool, config.page_size, enabled=config.prefix_cache)
         self._scheduler = Scheduler(
             pool=self._pool,
             max_rows=config.max_rows,
@@ -85,6 +88,7 @@ class EngineCore:
             ),
             block_length=model.config.block_length,
             eos_token_id=model.config.eos_token_id,
+            prefix_cache=self._prefix_cache,
         )
         self._runner = build(cache)
         self._runner.capture_graphs()
@@ -135,6 +139,12 @@ class EngineCore:
     def preemptions(self) -> int:
         """Requests that lost their row and were queued again, in all."""
         return self._scheduler.preemptions
+
+    @property
+    def totals(self) -> EngineTotals:
+        """What was counted since the engine was made."""
+        cache = self._prefix_cache
+        return EngineTotals(self.preemptions, cache.queried_tokens, cache.hit_tokens)
 
     @property
     def step_in_flight(self) -> bool:
@@ -189,6 +199,7 @@ class EngineCore:
     def _sequence(self, key: Hashable, request: GenerationRequest, now: float) -> Sequence:
         model = self._model_config
         validate_priority(request.priority)
+        validate_cache_salt(request.cache_salt)
         token_ids = unpack_prompt(request.prompt)
         validate_request(token_ids, request.params, vocab_size=model.vocab_size, max_length=model.max_length)
         if request.params.seed is None:

@@ -2,12 +2,23 @@
 
 import time
 from collections import deque
+from typing import NamedTuple
 
 from engine.metrics import MetricsRecorder
 from engine.types import EngineInfo, EngineLoad
 
 FLUSH_SECONDS = 0.25
 RATE_WINDOW_SECONDS = 5.0
+
+
+class EngineTotals(NamedTuple):
+    """What an engine has counted in its whole life: the counters of the same names, which end in _total."""
+
+    preemptions: int = 0
+    prefix_cache_queries: int = 0
+    """Prompt tokens of admitted requests."""
+    prefix_cache_hits: int = 0
+    """Those of them that the prefix cache held."""
 
 
 class EngineMeter:
@@ -20,7 +31,7 @@ class EngineMeter:
         self._labels = labels
         self._next_flush = 0.0
         self._published: EngineLoad | None = None
-        self._preemptions = 0
+        self._totals = EngineTotals()
         self._window: deque[tuple[float, int]] = deque()
         self._rate_published = -1.0
         recorder.gauge("model_info", 1, (*labels, info.model, info.device, info.dtype))
@@ -39,11 +50,13 @@ class EngineMeter:
         """How long an idle engine may sleep: until the rate gauge has to fall, or until a message comes."""
         return FLUSH_SECONDS if self._window else None
 
-    def tick(self, load: EngineLoad, preemptions: int, *, idle: bool) -> None:
-        """After each turn of the loop: the load, and the preemptions of the engine's whole life."""
-        if preemptions > self._preemptions:
-            self._recorder.count("preemptions_total", preemptions - self._preemptions, self._labels)
-            self._preemptions = preemptions
+    def tick(self, load: EngineLoad, totals: EngineTotals, *, idle: bool) -> None:
+        """After each turn of the loop."""
+        if totals != self._totals:
+            for name, total, before in zip(EngineTotals._fields, totals, self._totals, strict=True):
+                if total > before:
+                    self._recorder.count(f"{name}_total", total - before, self._labels)
+            self._totals = totals
         now = time.monotonic()
         if now < self._next_flush and not (idle and (self._recorder.dirty or load != self._published)):
             return

@@ -74,6 +74,10 @@ METRICS: dict[str, Metric] = {
         _metric("generation_tokens_per_second", "gauge", "Tokens a second over the last seconds; for people.", ENGINE),
         _metric("steps_total", "counter", "Steps run.", ENGINE),
         _metric("preemptions_total", "counter", "Requests that lost their row and were queued again.", ENGINE),
+        _metric(
+            "prefix_cache_queries_total", "counter", "Prompt tokens of requests that were given a row first.", ENGINE
+        ),
+        _metric("prefix_cache_hits_total", "counter", "Those of them that the prefix cache held.", ENGINE),
         _metric("engine_restarts_total", "counter", "Times an engine process was started again after it died.", ENGINE),
         _metric("step_seconds", "histogram", "Duration of a step.", ENGINE, SECONDS_BUCKETS),
         _metric("batch_rows", "histogram", "Rows that decoded in a step.", ENGINE, ROWS_BUCKETS),

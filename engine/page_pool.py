@@ -1,6 +1,6 @@
 """Which pages of the KV cache are free, and how many holders each of the others has. Plain integers, no memory."""
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
@@ -13,7 +13,8 @@ class PagePool:
     """Pages 1..capacity. Page 0 is the null page, where padding writes: it is never handed out.
 
     A page has one holder after `allocate`, one more after each `share`, and is free again once every holder has
-    released it.
+    released it. One that is to be kept keeps its content while it is free, and can be shared again, until it is handed
+    out, which kept pages are only when no others are free: whichever lost its last holder first goes first.
     """
 
     def __init__(self, capacity: int, order: Seq[int] | None = None) -> None:
@@ -28,30 +29,40 @@ class PagePool:
         if order is not None and sorted(order) != list(range(1, capacity + 1)):
             raise ValueError(f"the order has to name each of the pages 1..{capacity} once")
         self._holders = [0] * (capacity + 1)
+        self._kept = [False] * (capacity + 1)
+        # A queue from which any page can be taken back: values mean nothing.
+        self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def free(self) -> int:
         """Pages without a holder."""
-        return len(self._free)
+        return len(self._free) + len(self._idle)
 
     @property
     def used(self) -> int:
         """Pages with at least one holder."""
-        return self.capacity - len(self._free)
+        return self.capacity - self.free
+
+    @property
+    def idle(self) -> list[int]:
+        """Kept pages without a holder, the next to be handed out first."""
+        return list(self._idle)
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` free pages. Raises OutOfPagesError, and takes none, where fewer are free."""
-        if count > len(self._free):
-            raise OutOfPagesError(f"{count} pages asked for, {len(self._free)} of {self.capacity} free")
-        pages = [self._free.pop() for _ in range(count)]
+        if count > self.free:
+            raise OutOfPagesError(f"{count} pages asked for, {self.free} of {self.capacity} free")
+        pages = [self._free.pop() if self._free else self._idle.popitem(last=False)[0] for _ in range(count)]
         for page in pages:
             self._holders[page] = 1
+            self._kept[page] = False
         return pages
 
     def share(self, page: int) -> None:
-        """Add a holder to a page in use. Raises ValueError for a page that is not."""
-        if not self._in_use(page):
-            raise ValueError(f"page {page} is not in use and cannot be shared")
+        """Add a holder to a page that is in use or kept. Raises ValueError for any other."""
+        if not (self._in_use(page) or page in self._idle):
+            raise ValueError(f"page {page} is neither in use nor kept and cannot be shared")
+        self._idle.pop(page, None)
         self._holders[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
@@ -60,8 +71,33 @@ class PagePool:
             if not self._in_use(page):
                 raise ValueError(f"page {page} is not in use and cannot be released")
             self._holders[page] -= 1
-            if not self._holders[page]:
+            if self._holders[page]:
+                continue
+            if self._kept[page]:
+                self._idle[page] = None
+            else:
                 self._free.append(page)
+
+    def keep(self, page: int) -> None:
+        """Keep the content of a page in use once it is free. Raises ValueError for a page not in use."""
+        if not self._in_use(page):
+            raise ValueError(f"page {page} is not in use and cannot be kept")
+        self._kept[page] = True
+
+    def drop(self, page: int) -> None:
+        """Take back `keep`, of a page in use. Raises ValueError for a page not in use."""
+        if not self._in_use(page):
+            raise ValueError(f"page {page} is not in use and cannot be dropped")
+        self._kept[page] = False
+
+    def holders(self, page: int) -> int:
+        """How many hold a page."""
+        return self._holders[page]
+
+    def freed_by(self, leaving: Iterable[Iterable[int]]) -> int:
+        """How many pages become free where these holders, each with its pages, release all of them."""
+        counts = Counter(page for pages in leaving for page in pages)
+        return sum(self._holders[page] == count for page, count in counts.items())
 
     def check_integrity(self, holders: Iterable[Iterable[int]]) -> None:
         """Compare with the pages that each holder believes to hold. Raises AssertionError on any difference."""
@@ -69,10 +105,12 @@ class PagePool:
         assert 0 not in held, "the null page has a holder"
         counted = {page: count for page, count in enumerate(self._holders) if count}
         assert counted == dict(held), f"the pool counts holders {counted}, but pages are held {dict(held)}"
-        free = set(self._free)
-        assert len(free) == len(self._free), "a page is free twice"
+        free = {*self._free, *self._idle}
+        assert len(free) == len(self._free) + len(self._idle), "a page is free twice"
         expected = set(range(1, self.capacity + 1)) - counted.keys()
         assert free == expected, f"free pages are {sorted(free)} and should be {sorted(expected)}"
+        assert all(self._kept[page] for page in self._idle), "a page is free as one to be kept, which it is not"
+        assert not any(self._kept[page] for page in self._free), "a page that is to be kept is free as any other"
 
     def _in_use(self, page: int) -> bool:
         return 0 < page <= self.capacity and self._holders[page] > 0

@@ -37,6 +37,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What `max_step_positions` is chosen for where it is None."""
     kv_bytes: int | None = None
     memory_fraction: float | None = None
+    prefix_cache: bool | None = None
     overlapped: bool | None = None
     cuda_graphs: bool | None = None
 

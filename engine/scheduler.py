@@ -18,6 +18,7 @@ from engine.admission import AdmissionRule, Occupancy, may_admit
 from engine.deltas import StepDeltas
 from engine.finish import cut_answer
 from engine.page_pool import PagePool
+from engine.prefix_cache import PrefixCache
 from engine.row_table import Flags, Int32, RowTable
 from engine.sequence import Sequence, SequenceState
 from engine.step_budget import StepBudget
@@ -38,6 +39,7 @@ class Scheduler:
 
     `budget` has to exceed `max_rows`, so that a full batch of decoding rows still leaves room for prompts.
     An `admission` rule has to admit whatever the pool can hold when nothing runs, and never more pages than are free.
+    Without a `prefix_cache` of the pool, no pages are shared.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Scheduler:
         block_length: int,
         eos_token_id: int,
         admission: AdmissionRule = may_admit,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         if budget.positions <= max_rows:
             raise ValueError(f"max_step_positions {budget.positions} has to exceed max_rows {max_rows}")
@@ -62,6 +65,7 @@ class Scheduler:
         self._block_length = block_length
         self._eos_token_id = eos_token_id
         self._admission = admission
+        self._cache = prefix_cache or PrefixCache(pool, page_size, enabled=False)
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._rows = RowTable(max_rows, block_length)
         self._worst_pages = 0
@@ -112,6 +116,7 @@ class Scheduler:
                     f"prompt and max_tokens need {pages} pages of KV cache, and the engine has {self._pool.capacity}",
                 )
         for sequence in sequences:
+            self._cache.enroll(sequence)
             self._open[sequence.key] = sequence
             self._waiting.push(sequence)
 
@@ -170,11 +175,9 @@ class Scheduler:
         if not len(plan.decode) == len(tokens) == len(finite):
             raise ValueError(f"{len(plan.decode)} rows decoded, but {len(tokens)} blocks and {len(finite)} flags came")
         self._steps.popleft()
-        others = [
-            (sequence, self._fail(sequence, OUT_OF_MEMORY_ERROR))
-            for sequence in failed
-            if sequence.state is not SequenceState.FINISHED
-        ]
+        others = self._commit_failures(failed) if failed else []
+        if plan.prefill:
+            self._cache.confirm(plan.number)
         for chunk in plan.prefill:
             self._land(np.array([chunk.sequence.bound_row]))
         blocks = np.asarray(tokens, np.int32).reshape(-1, self._block_length)
@@ -198,6 +201,7 @@ class Scheduler:
             assert sequence is None or sequence.row == row, f"{sequence} sits in row {row}"
         assert len(set(self._free_rows)) == len(self._free_rows), "a row is free twice"
         self._pool.check_integrity(sequence.pages for sequence in running)
+        self._cache.check_integrity()
         worst_pages = sum(self._pages_for(sequence.end_position) for sequence in running)
         assert self._worst_pages == worst_pages, f"rows are taken to need {self._worst_pages} pages, not {worst_pages}"
         flying = Counter(chunk.sequence for plan in self._steps for chunk in plan.prefill)
@@ -220,7 +224,7 @@ class Scheduler:
 
     def _check_flags(self, running: list[Sequence]) -> None:
         flags = (
-            (self._rows.open, [s for s in running if s.state is not SequenceState.FINISHED]),
+            (self._rows.open, [s for s in running if s.state not in _GAINING_NOTHING]),
             (self._rows.leaving, [s for s in running if _has_left(s)]),
             (
                 self._rows.decoding,
@@ -242,9 +246,10 @@ class Scheduler:
         else:
             prefilling = sequence.position < sequence.prefill_end
             assert (sequence.state is SequenceState.PREFILLING) == prefilling, f"{sequence} is in the wrong state"
-        if sequence.state is not SequenceState.FINISHED:
+        if sequence.state not in _GAINING_NOTHING:
             missing = max(sequence.position, sequence.prefill_end) + 1 - len(sequence.blocks)
             assert 0 <= missing <= in_flight, f"{sequence} lacks {missing} blocks, which no step in flight brings"
+        if sequence.state is not SequenceState.FINISHED:
             assert sequence.generated < sequence.request.params.max_tokens, f"{sequence} should have finished"
 
     def _pages_for(self, positions: int) -> int:
@@ -257,20 +262,25 @@ class Scheduler:
             return None
         prompt_pages = self._pages_for(sequence.prefill_end + 1)
         worst_pages = self._pages_for(sequence.end_position)
-        pool = self._pool
-        occupancy = Occupancy(pool.capacity, pool.free, self.running, self._worst_pages, prompt_pages, worst_pages)
+        pool, found = self._pool, self._cache.find(sequence)
+        taken = prompt_pages - self._cache.held(found)
+        occupancy = Occupancy(pool.capacity, pool.free, self.running, self._worst_pages, taken, worst_pages)
         if not self._admission(occupancy):
             return None
         self._waiting.pop()
         self._worst_pages += worst_pages
         sequence.take_row(self._free_rows.pop(), self._rows)
+        cached_tokens = self._cache.take(sequence, found)
         if sequence.first_scheduled is None:
-            sequence.first_scheduled = now
+            sequence.first_scheduled, sequence.cached_tokens = now, cached_tokens
+            self._cache.count(sequence.prompt_tokens, cached_tokens)
         sequence.state = SequenceState.PREFILLING
         self._prefilling = sequence
         plan.bound.append(sequence)
+        self._give(plan, sequence, found)
+        self._rows.position[sequence.bound_row] = len(found) * self._page_size
         # Up to the first decode, so that a prompt that was begun never waits for a page.
-        self._grow(plan, sequence, prompt_pages)
+        self._give(plan, sequence, self._cache.allocate(prompt_pages - len(found)))
         return sequence
 
     def _plan_decodes(self, plan: StepPlan) -> None:
@@ -287,7 +297,7 @@ class Scheduler:
     def _grow_rows(self, plan: StepPlan, rows: Int32) -> None:
         """Give each of the rows one page more."""
         table = self._rows
-        pages = self._pool.allocate(len(rows))
+        pages = self._cache.allocate(len(rows))
         places = (table.page_positions[rows] // self._page_size).tolist()
         plan.page_entries.extend(zip(rows.tolist(), places, pages, strict=True))
         for sequence, page in zip(table.sequences[rows].tolist(), pages, strict=True):
@@ -313,15 +323,16 @@ class Scheduler:
         """
         growing.sort(key=_rank)
         holding = [sequence for sequence in self._rows.sequences.tolist() if sequence is not None]
-        coming = sum(len(sequence.pages) for sequence in holding if _is_leaving(sequence))
-        while (served := self._pool.free + coming) < len(growing):
+        leaving = [sequence for sequence in holding if _is_leaving(sequence)]
+        # Counted anew each time: a page that several share is free when the last of them has left.
+        while (served := self._pool.free + self._pool.freed_by(s.pages for s in leaving)) < len(growing):
             victim = max(self._candidates(), key=_rank)
             if victim is growing[served]:
                 break
             if victim is growing[-1]:
                 growing.pop()
             if victim.in_flight:
-                coming += len(victim.pages)
+                leaving.append(victim)
             self._preempt(victim)
         return set(growing[self._pool.free :])
 
@@ -343,6 +354,7 @@ class Scheduler:
             plan.prefill.append(PrefillChunk(sequence, start, length))
             table.position[row] += length
             table.in_flight[row] += 1
+            self._cache.publish(sequence, start, start + length, plan.number)
         if start + length < sequence.prefill_end:
             return budget
         self._prefilling = None
@@ -353,9 +365,8 @@ class Scheduler:
             cost += 1
         return cost
 
-    def _grow(self, plan: StepPlan, sequence: Sequence, count: int) -> None:
+    def _give(self, plan: StepPlan, sequence: Sequence, pages: list[int]) -> None:
         held, row = len(sequence.pages), sequence.bound_row
-        pages = self._pool.allocate(count)
         plan.page_entries.extend((row, held + place, page) for place, page in enumerate(pages))
         sequence.pages += pages
         self._rows.page_positions[row] = len(sequence.pages) * self._page_size
@@ -393,7 +404,23 @@ class Scheduler:
             finish_reason=cut.finish_reason,
             stop_reason=cut.stop_reason,
             timing=None if generated else self._timing(sequence, now),
+            cached_tokens=0 if generated else sequence.cached_tokens,
         )
+
+    def _commit_failures(self, failed: Collection[Sequence]) -> list[tuple[Sequence, Delta]]:
+        """End what the device had no memory for, and send back those that share pages which were to be written."""
+        spoiled = self._cache.fail(failed)
+        deltas = [
+            (sequence, self._fail(sequence, OUT_OF_MEMORY_ERROR))
+            for sequence in failed
+            if sequence.state is not SequenceState.FINISHED
+        ]
+        for sequence in self._rows.sequences.tolist() if spoiled else ():
+            if sequence is not None and sequence.state not in _GAINING_NOTHING:
+                if not spoiled.isdisjoint(sequence.pages):
+                    sequence.cached_tokens = 0
+                    self._leave(sequence, SequenceState.SPOILED)
+        return deltas
 
     def _fail(self, sequence: Sequence, error: str) -> Delta:
         self._finish(sequence)
@@ -422,7 +449,7 @@ class Scheduler:
         table, row = self._rows, sequence.row
         table.decoding[row] = False
         table.leaving[row] = True
-        table.open[row] = state is not SequenceState.FINISHED
+        table.open[row] = state not in _GAINING_NOTHING
         if not sequence.in_flight:
             self._vacate(sequence)
 
@@ -435,21 +462,29 @@ class Scheduler:
 
     def _vacate(self, sequence: Sequence) -> None:
         """Take the row and pages of a sequence that has left and is in no step in flight."""
-        self._pool.release(sequence.pages)
+        if sequence.state is not SequenceState.FINISHED:
+            sequence.prefill_end = len(sequence.blocks) - 1
+        if sequence.state is SequenceState.PREEMPTED:
+            # All that it wrote is its prompt now, and may still be there when its turn comes.
+            self._cache.enroll(sequence)
+            self._cache.publish(sequence, 0, sequence.position, step=None)
+        # What is kept is lost in this order: a chain's tail before its head.
+        self._pool.release(reversed(sequence.pages))
         self._worst_pages -= self._pages_for(sequence.end_position)
         self._free_rows.append(sequence.leave_row())
-        if sequence.state is SequenceState.PREEMPTED:
+        if sequence.state is not SequenceState.FINISHED:
             sequence.state = SequenceState.WAITING
-            sequence.prefill_end = len(sequence.blocks) - 1
             self._waiting.push_back(sequence)
             self._preemptions += 1
 
 
 _rank = attrgetter("rank")
 
+_GAINING_NOTHING = (SequenceState.FINISHED, SequenceState.SPOILED)
+
 
 def _has_left(sequence: Sequence) -> bool:
-    return sequence.state in (SequenceState.FINISHED, SequenceState.PREEMPTED)
+    return sequence.state in (*_GAINING_NOTHING, SequenceState.PREEMPTED)
 
 
 def _is_leaving(sequence: Sequence) -> bool:

@@ -18,6 +18,8 @@ class SequenceState(Enum):
     """Holds a row; all prompt positions are scheduled, and it gains a block in each step that has a page for it."""
     PREEMPTED = "preempted"
     """Is to wait again. Holds its row and pages as long as a step in flight may write them."""
+    SPOILED = "spoiled"
+    """As PREEMPTED, but gains nothing from the steps in flight: they read shared pages that were never written."""
     FINISHED = "finished"
     """Gets nothing any more. Holds its row and pages as long as a step in flight may write them."""
 
@@ -31,8 +33,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "_blocks", "_generated", "_table", "arrival", "end_position", "first_scheduled", "forced", "key", "pages",
-        "prefill_end", "rank", "request", "row", "state", "stop_token_ids",
+        "_blocks", "_generated", "_table", "arrival", "cached_tokens", "end_position", "first_scheduled", "forced",
+        "key", "padding", "page_keys", "pages", "prefill_end", "rank", "request", "row", "state", "stop_token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -49,6 +51,12 @@ class Sequence:
         self.row: int | None = None
         self.pages: list[int] = []
         """In the order of the page table: page i holds positions i x page_size and on."""
+        self.page_keys: list[bytes] = []
+        """The prefix cache's keys of the whole pages before `prefill_end`, as far as they are known."""
+        self.padding = prompt.padding
+        """Pad ids at the head of the first block."""
+        self.cached_tokens = 0
+        """Prompt tokens that the prefix cache held when it was first admitted."""
         self.forced = prompt.forced
         """How the next written block begins: nothing once the first one is committed."""
         self.stop_token_ids = frozenset(params.stop_token_ids)
@@ -87,6 +95,11 @@ class Sequence:
     def generated(self) -> int:
         """Tokens committed as the answer. Forced tokens are not among them."""
         return self._generated if self._table is None else int(self._table.generated[self.bound_row])
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the request's prompt."""
+        return len(self.request.prompt) // self.blocks.itemsize
 
     @property
     def blocks(self) -> Int32:

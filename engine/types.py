@@ -74,11 +74,27 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     priority: int = 0
     """Smaller runs first; equal priorities run in order of arrival."""
+    cache_salt: str = ""
+    """Shares the pages of a prompt prefix with requests of the same salt only."""
 
     @classmethod
-    def of(cls, *, request_id: int, prompt_token_ids: Iterable[int], params: SamplingParams, priority: int = 0) -> Self:
+    def of(
+        cls,
+        *,
+        request_id: int,
+        prompt_token_ids: Iterable[int],
+        params: SamplingParams,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Self:
         """A request with the token ids of its prompt. Raises as `pack_tokens`."""
-        return cls(request_id=request_id, prompt=pack_tokens(prompt_token_ids), params=params, priority=priority)
+        return cls(
+            request_id=request_id,
+            prompt=pack_tokens(prompt_token_ids),
+            params=params,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...]:
@@ -100,6 +116,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 
     `token_ids` ends with the EOS or stop token where one ended the answer. `timing` comes with the first tokens only.
     `stop_reason` is the stop token's id (None for EOS). `error` is set exactly where finish_reason is "error".
+    `cached_tokens` of the prompt were found in the prefix cache, which the first tokens tell too.
     """
 
     request_id: int
@@ -108,6 +125,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: int | None = None
     error: str | None = None
     timing: Timing | None = None
+    cached_tokens: int = 0
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,11 +12,18 @@ Tokens = Sequence[int] | NDArray[np.int32]
 MAX_TOP_K = (1 << 31) - 1
 PRIORITY_LIMIT = 1 << 31
 """Priorities are from -PRIORITY_LIMIT to PRIORITY_LIMIT - 1."""
+MAX_CACHE_SALT = 256
 
 
 def validate_priority(priority: int) -> None:
     """Raise InvalidRequestError for a priority that is not a 32-bit integer."""
     _check_integer("priority", priority, -PRIORITY_LIMIT, PRIORITY_LIMIT - 1)
+
+
+def validate_cache_salt(salt: str) -> None:
+    """Raise InvalidRequestError for a salt that is no text of at most MAX_CACHE_SALT characters."""
+    if not isinstance(salt, str) or len(salt) > MAX_CACHE_SALT:
+        raise InvalidRequestError("cache_salt", f"cache_salt has to be a text of at most {MAX_CACHE_SALT} characters")
 
 
 def unpack_prompt(packed: bytes) -> NDArray[np.int32]:

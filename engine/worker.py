@@ -96,7 +96,7 @@ class EngineWorker:
         delivered = self._step()
         if not delivered and core.load_now != load_before:
             self._publish(None)
-        self._meter.tick(core.load_now, core.preemptions, idle=not core.has_work)
+        self._meter.tick(core.load_now, core.totals, idle=not core.has_work)
 
     def _finished(self) -> bool:
         if self._deadline is None:

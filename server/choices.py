@@ -44,6 +44,8 @@ class Choice:
     pieces: list[Piece] = field(default_factory=list)
     """Kept only where the whole answer is sent at once."""
     tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompt that the engine had in its prefix cache."""
     begun: bool = False
     """Whether a body of it has gone out."""
     finish_reason: Literal["stop", "length"] | None = None
@@ -72,6 +74,7 @@ class Choice:
                 self.finish_reason = piece.finish_reason
                 break
         self.tokens += tokens
+        self.cached_tokens += delta.cached_tokens
         self.metrics.delivered(tokens, delta.timing, now)
         if self.finish_reason is not None:
             self.metrics.ended(self.finish_reason, now)
@@ -83,6 +86,7 @@ def make_choices(
     n: int,
     *,
     priority: int,
+    cache_salt: str = "",
     new_stream: Callable[[SamplingParams], TextStream],
     recorder: MetricsRecorder,
     next_request_id: Callable[[], int],
@@ -103,6 +107,7 @@ def make_choices(
                 # Stop strings are looked for here, so they need not travel to the engine n times.
                 params=msgspec.structs.replace(params, seed=seed, stop=()),
                 priority=priority,
+                cache_salt=cache_salt,
             )
             metrics = AnswerMetrics(recorder, tally, arrival)
             choices.append(Choice(len(choices), request, new_stream(params), metrics, echo))

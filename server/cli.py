@@ -144,7 +144,11 @@ def _add_setting(parser: argparse._ArgumentGroup | argparse.ArgumentParser, name
     # argparse formats help texts with %.
     text = f"{field.description} [{default}]".replace("%", "%%")
     metavar = str(extra["metavar"])
-    if isinstance(field.default, bool):
+    if field.default is True:
+        parser.add_argument(
+            flag_name(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+        )
+    elif field.default is False:
         parser.add_argument(flag_name(name), action="store_const", const="true", default=argparse.SUPPRESS, help=text)
     elif isinstance(field.default, tuple):
         parser.add_argument(

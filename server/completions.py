@@ -21,7 +21,14 @@ from server.errors import as_api_error, draining, generation_failed, internal, u
 from server.json_body import parse_json_object, read_body
 from server.model_names import served_model
 from server.prompts import prepare_prompts
-from server.protocol import ChoiceBody, CompletionBody, CompletionRequest, Usage, parse_completion_request
+from server.protocol import (
+    ChoiceBody,
+    CompletionBody,
+    CompletionRequest,
+    PromptTokensDetails,
+    Usage,
+    parse_completion_request,
+)
 from server.request_record import RequestRecord, record_of
 from server.sse import DONE, STREAM_HEADERS, event
 
@@ -84,6 +91,7 @@ class CompletionResponse(Response):
             prompts,
             self._completion.n,
             priority=self._completion.priority,
+            cache_salt=self._completion.cache_salt or "",
             new_stream=self._new_text_stream,
             recorder=self._state.metrics,
             next_request_id=self._state.engine.next_request_id,
@@ -244,8 +252,13 @@ class CompletionResponse(Response):
         )
 
     def _usage(self, generated: int) -> Usage:
+        # A prompt counts once: the answers to it behind the first find what that one has computed.
+        cached = sum(choice.cached_tokens for choice in self._choices[:: self._completion.n])
         return Usage(
-            prompt_tokens=self._prompt_tokens, completion_tokens=generated, total_tokens=self._prompt_tokens + generated
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=generated,
+            total_tokens=self._prompt_tokens + generated,
+            prompt_tokens_details=PromptTokensDetails(cached),
         )
 
     def _close(self) -> None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from engine.types import InvalidRequestError
-from engine.validation import PRIORITY_LIMIT
+from engine.validation import MAX_CACHE_SALT, PRIORITY_LIMIT
 from server.errors import ApiError, invalid
 
 Prompt = str | list[int]
@@ -90,6 +90,7 @@ class CompletionRequest(StrictModel):
     stream_options: StreamOptions | None = None
     suffix: str = ""
     priority: Annotated[int, Field(ge=-PRIORITY_LIMIT, lt=PRIORITY_LIMIT)] = 0
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT)] | None = None
     user: Annotated[str, Field(max_length=256)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}\z")] | None = None
 

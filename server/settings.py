@@ -143,6 +143,13 @@ class ServeSettings(BaseModel):
     memory_fraction: Annotated[float, Field(gt=0, le=0.98, allow_inf_nan=False)] = _setting(
         0.9, "Engine", "X", "share of the device's memory left by the weights that the KV cache and steps may take"
     )
+    prefix_cache: bool = _setting(
+        True,
+        "Engine",
+        "",
+        "keep prompts' pages, so that a prompt prefix that requests share is computed once",
+        shown="on",
+    )
 
     sync: bool = _setting(
         False,
@@ -234,6 +241,7 @@ class ServeSettings(BaseModel):
             prefer=self.prefer,
             kv_bytes=None if self.kv_bytes is None else int(self.kv_bytes),
             memory_fraction=self.memory_fraction,
+            prefix_cache=self.prefix_cache,
             overlapped=False if self.sync else None,
         )
 

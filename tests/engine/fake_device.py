@@ -1,9 +1,10 @@
-"""A device for scheduler tests: pages that remember who wrote them, and answers that are known beforehand.
+"""A device for scheduler tests: pages that remember what was written, and answers that are known beforehand.
 
 It runs a step when it is scheduled, as a device in order would: it is ahead of what the host has committed.
 """
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,6 +16,9 @@ from engine.types import Delta, FinishReason, GenerationRequest, SamplingParams
 from tests.engine.scheduling import BLOCK_LENGTH, EOS, PAD, tokens_of
 
 STOP_TOKEN = 7
+NOT_WRITTEN = None
+"""Content of what a step that ran out of memory should have written, and of what was computed from that."""
+GARBAGE = [666] * BLOCK_LENGTH
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,14 @@ class Script:
         prompt, forced = self.sequence_prompt
         return [*prompt, *forced, *self.answer]
 
+    @cached_property
+    def contents(self) -> list[int]:
+        """For each position, what its keys and values depend on: all tokens up to it."""
+        contents = [0]
+        for start in range(0, len(self.stream), BLOCK_LENGTH):
+            contents.append(hash((contents[-1], *self.stream[start : start + BLOCK_LENGTH])))
+        return contents[1:]
+
     def expected(self) -> tuple[tuple[int, ...], FinishReason, int | None]:
         """Tokens, finish reason and stop reason of the whole answer, straight from the rules."""
         params = self.request.params
@@ -59,14 +71,24 @@ class Script:
 def make_script(
     key: int, seed: int, prompt: int, params: SamplingParams, alignment: PromptAlignment, *, priority: int, rare: int
 ) -> Script:
-    """A script whose answer holds EOS or a stop token once in `rare` tokens, and now and then a block that fails."""
+    """A script whose answer holds EOS or a stop token once in `rare` tokens, and now and then a block that fails.
+
+    Its prompt begins as one of few texts does.
+    """
     rng = random.Random(seed)
     answer = [
         rng.choice((EOS, STOP_TOKEN)) if not rng.randrange(rare) else rng.randrange(10, 90)
         for _ in range(params.max_tokens + 3 * BLOCK_LENGTH)
     ]
-    prompt_token_ids = tuple(rng.choice((EOS, STOP_TOKEN, 20, 30)) for _ in range(prompt))
-    request = GenerationRequest.of(request_id=key, prompt_token_ids=prompt_token_ids, params=params, priority=priority)
+    text = random.Random(rng.randrange(2))
+    shared = rng.choice((0, prompt // 2, prompt, prompt))
+    prompt_token_ids = tuple(
+        (text if place < shared else rng).choice((EOS, STOP_TOKEN, 20, 30)) for place in range(prompt)
+    )
+    salt = rng.choice(("", "", "", "salt"))
+    request = GenerationRequest.of(
+        request_id=key, prompt_token_ids=prompt_token_ids, params=params, priority=priority, cache_salt=salt
+    )
     return Script(request, alignment, answer, rng.randrange(4) if not rng.randrange(10) else None)
 
 
@@ -79,26 +101,43 @@ class Row:
     next_decode: int
     generated: int
     forced: tuple[int, ...]
+    positions: int
+    """The first that it writes itself, then one on for each that it wrote."""
     pages: dict[int, int] = field(default_factory=dict)
-    positions: int = 0
+    spoiled: bool = False
+    """Whether it has read what was not written: nothing that it writes means anything."""
 
 
 class FakeDevice:
-    """Runs plans, and fails where a row would read what another one wrote."""
+    """Runs plans, and fails where a row would read anything else than what its own tokens would have written.
+
+    What sequences that are out of memory should have written may be read; who did that writes garbage.
+    """
 
     def __init__(self, page_size: int, scripts: dict[int, Script]) -> None:
         self._page_size = page_size
         self._scripts = scripts
         self._rows: dict[int, Row] = {}
-        self._memory: dict[tuple[int, int], tuple[int, int]] = {}
+        self._memory: dict[tuple[int, int], int | None] = {}
 
-    def run(self, plan: StepPlan) -> tuple[list[list[int]], list[bool]]:
-        """One step: the block of each decoding row, and whether its logits were finite."""
+    def run(self, plan: StepPlan, out_of_memory: Collection[Sequence] = ()) -> tuple[list[list[int]], list[bool]]:
+        """One step: the block of each decoding row, and whether its logits were finite.
+
+        Nothing is done for sequences that are `out_of_memory`, in this step or in one before it.
+        """
+        firsts = dict(zip(plan.decode, plan.decode_positions.tolist(), strict=True))
+        firsts |= {chunk.sequence: chunk.start for chunk in plan.prefill}
         for sequence in plan.bound:
             key = sequence.request.request_id
-            next_decode = len(sequence.blocks) - 1
-            row_state = Row(key, self._scripts[key], next_decode, sequence.generated, sequence.forced)
-            self._rows[sequence.bound_row] = row_state
+            self._rows[sequence.bound_row] = Row(
+                key,
+                self._scripts[key],
+                next_decode=len(sequence.blocks) - 1,
+                generated=sequence.generated,
+                forced=sequence.forced,
+                positions=firsts[sequence],
+            )
+            assert firsts[sequence] % self._page_size == 0, "a row begins in the middle of a page"
         for row, index, page in plan.page_entries:
             assert page != 0 and index not in self._rows[row].pages
             self._rows[row].pages[index] = page
@@ -107,10 +146,11 @@ class FakeDevice:
             assert chunk.start == row_state.positions and chunk.length > 0
             known = slice(chunk.start * BLOCK_LENGTH, (chunk.start + chunk.length) * BLOCK_LENGTH)
             assert tokens_of(chunk.sequence)[known] == row_state.script.stream[known], "other tokens than were written"
+            self._read(row_state, chunk.start)
             for position in range(chunk.start, chunk.start + chunk.length):
-                self._write(row_state, position)
+                self._write(row_state, position, written=chunk.sequence not in out_of_memory)
         results = [
-            self._decode(self._row_of(sequence), position)
+            self._decode(self._row_of(sequence), position, written=sequence not in out_of_memory)
             for sequence, position in zip(plan.decode, plan.decode_positions, strict=True)
         ]
         return [block for block, _ in results], [finite for _, finite in results]
@@ -120,16 +160,22 @@ class FakeDevice:
         assert row.key == sequence.request.request_id, "a plan uses a row that is another request's"
         return row
 
-    def _write(self, row: Row, position: int) -> None:
+    def _read(self, row: Row, end: int) -> None:
+        for position in range(end):
+            content = self._memory[self._slot(row, position)]
+            row.spoiled = row.spoiled or content is NOT_WRITTEN
+            assert content in (row.script.contents[position], NOT_WRITTEN), "a page holds other tokens than its row's"
+
+    def _write(self, row: Row, position: int, *, written: bool) -> None:
         assert position == row.positions, "a position was left out or came twice"
-        self._memory[self._slot(row, position)] = (row.key, position)
+        good = written and not row.spoiled
+        self._memory[self._slot(row, position)] = row.script.contents[position] if good else NOT_WRITTEN
         row.positions += 1
 
-    def _decode(self, row: Row, position: int) -> tuple[list[int], bool]:
+    def _decode(self, row: Row, position: int, *, written: bool) -> tuple[list[int], bool]:
         assert position == row.next_decode, "a row decodes before its prompt is there, or skips a position"
-        self._write(row, position)
-        for earlier in range(position + 1):
-            assert self._memory[self._slot(row, earlier)] == (row.key, earlier), "another request wrote into this page"
+        self._write(row, position, written=written)
+        self._read(row, position + 1)
         script = row.script
         number = (len(script.sequence_prompt[1]) + row.generated) // BLOCK_LENGTH
         sampled = BLOCK_LENGTH - len(row.forced)
@@ -137,7 +183,7 @@ class FakeDevice:
         row.generated += sampled
         row.forced = ()
         row.next_decode += 1
-        return block, number != script.failing_block
+        return GARBAGE if row.spoiled else block, number != script.failing_block
 
     def _slot(self, row: Row, position: int) -> tuple[int, int]:
         return row.pages[position // self._page_size], position % self._page_size

@@ -8,7 +8,8 @@ import pytest
 from engine.admission import AdmissionRule, Occupancy, may_admit
 from engine.config import PromptAlignment
 from engine.page_pool import PagePool
-from engine.scheduler import QueueFullError, Scheduler
+from engine.prefix_cache import Digest, PrefixCache, sha256
+from engine.scheduler import OUT_OF_MEMORY_ERROR, QueueFullError, Scheduler
 from engine.sequence import Sequence, SequenceState
 from engine.step_budget import StepBudget
 from engine.step_plan import StepPlan
@@ -19,7 +20,8 @@ from tests.engine.scheduling import BLOCK_LENGTH, EOS, make_sequence, tokens_of
 MAX_WAITING = 8
 ON_ROWS = (SequenceState.PREFILLING, SequenceState.DECODING)
 OPEN_STATES = [
-    SequenceState.WAITING, SequenceState.PREFILLING, SequenceState.DECODING, SequenceState.PREEMPTED
+    SequenceState.WAITING, SequenceState.PREFILLING, SequenceState.DECODING, SequenceState.PREEMPTED,
+    SequenceState.SPOILED,
 ]  # fmt: skip
 
 
@@ -46,12 +48,14 @@ SHAPES = [
 
 
 class Flight(NamedTuple):
-    """A step in flight: its result, and the pages that it may write."""
+    """A step in flight: its result, the pages of its sequences, and those that it writes."""
 
     plan: StepPlan
     blocks: list[list[int]]
     finite: list[bool]
+    failed: set[Sequence]
     pages: frozenset[int]
+    written: frozenset[int]
 
     @property
     def sequences(self) -> set[Sequence]:
@@ -72,7 +76,9 @@ def rank(sequence: Sequence) -> tuple[int, int]:
 class SchedulerLife:
     """`max_in_flight` 1 is the synchronous loop; 2 plans a step while the one ahead of it has not been committed."""
 
-    def __init__(self, shape: Shape, max_in_flight: int, admission: AdmissionRule = may_admit) -> None:
+    def __init__(
+        self, shape: Shape, max_in_flight: int, admission: AdmissionRule = may_admit, digest: Digest = sha256
+    ) -> None:
         self.max_in_flight = max_in_flight
         self.seen: Counter[str] = Counter()
         self.scripts: dict[int, Script] = {}
@@ -85,6 +91,7 @@ class SchedulerLife:
         self.shape = shape
         self.admission = admission
         self.pool = PagePool(shape.pages)
+        self.cache = PrefixCache(self.pool, shape.page_size, digest=digest)
         self.scheduler = Scheduler(
             pool=self.pool,
             max_rows=shape.max_rows,
@@ -94,6 +101,7 @@ class SchedulerLife:
             block_length=BLOCK_LENGTH,
             eos_token_id=EOS,
             admission=admission,
+            prefix_cache=self.cache,
         )
         self.device = FakeDevice(shape.page_size, self.scripts)
 
@@ -114,8 +122,9 @@ class SchedulerLife:
             self.scripts[key] = script
             token_ids = script.request.prompt_token_ids
             sequence = make_sequence(
-                key, token_ids, params=params, priority=priority, alignment=alignment, arrival=self.now
-            )
+                key, token_ids, params=params, priority=priority, alignment=alignment, arrival=self.now,
+                cache_salt=script.request.cache_salt,
+            )  # fmt: skip
             group.append(sequence)
         full = self.scheduler.waiting + count > MAX_WAITING + self.shape.max_rows - self.scheduler.running
         if full:
@@ -132,7 +141,8 @@ class SchedulerLife:
             self.queue.sort()
         self.check()
 
-    def schedule(self) -> bool:
+    def schedule(self, failing: int | None = None) -> bool:
+        """Plan a step and run it; the device has no memory for the sequence of it that the number `failing` chooses."""
         self.now += 1
         before = {s: s.state for s in self.open_sequences() if s.state in ON_ROWS and s.position < s.end_position}
         plan = self.scheduler.schedule(self.now)
@@ -141,30 +151,54 @@ class SchedulerLife:
             assert self.in_flight or not self.scheduler.has_work, "there is work, and nothing is done about it"
         else:
             self.check_plan(plan)
-            flight = Flight(plan, *self.device.run(plan), frozenset())
-            pages = frozenset(page for sequence in flight.sequences for page in sequence.pages)
-            self.in_flight.append(flight._replace(pages=pages))
+            self.in_flight.append(self.launch(plan, failing))
             self.seen["decoded in the step of its last chunk"] += any(c.sequence in plan.decode for c in plan.prefill)
         self.check()
         return plan is not None
+
+    def launch(self, plan: StepPlan, failing: int | None) -> Flight:
+        prompts = [chunk.sequence for chunk in plan.prefill]
+        worked = prompts + plan.decode
+        given_up = {sequence for flight in self.in_flight for sequence in flight.failed}
+        # Often the first of the prompts, since those behind it may share its pages.
+        candidates = prompts[:1] if prompts and failing and failing % 2 else worked
+        failed = set() if failing is None else {candidates[failing % len(candidates)]} - given_up
+        pages = frozenset(page for sequence in worked for page in sequence.pages)
+        blocks, finite = self.device.run(plan, given_up | failed)
+        return Flight(plan, blocks, finite, failed, pages, self.written(plan))
+
+    def written(self, plan: StepPlan) -> frozenset[int]:
+        """Pages of the positions that a plan works on."""
+        decodes = zip(plan.decode, plan.decode_positions.tolist(), strict=True)
+        spans = [*plan.prefill, *((sequence, position, 1) for sequence, position in decodes)]
+        size = self.shape.page_size
+        return frozenset(s.pages[place // size] for s, start, length in spans for place in range(start, start + length))
 
     def commit(self) -> None:
         if not self.in_flight:
             return
         self.now += 1
-        plan, blocks, finite, _ = self.in_flight.popleft()
-        leaving = [s for s in self.open_sequences() if s.state is SequenceState.PREEMPTED]
-        for sequence, delta in self.scheduler.commit(plan, blocks, finite, self.now):
+        plan, blocks, finite, failed, _, _ = self.in_flight.popleft()
+        on_rows = [sequence for sequence in self.open_sequences() if sequence.row is not None]
+        leaving = [sequence for sequence in on_rows if sequence.state is SequenceState.PREEMPTED]
+        spoiled = [sequence for sequence in on_rows if sequence.state is SequenceState.SPOILED]
+        for sequence, delta in self.scheduler.commit(plan, blocks, finite, self.now, failed=failed):
+            assert sequence in failed or sequence not in spoiled, "who read what was not written was given something"
             key = sequence.request.request_id
             assert delta.request_id == key
             self.seen["delivered after it was preempted"] += sequence in leaving
             self.seen["ended after it was preempted"] += sequence in leaving and delta.finish_reason is not None
             self.answers[key].take(delta)
-            if delta.finish_reason is None:
+            if sequence in failed:
+                self.close_failed(key, delta.error)
+            elif delta.finish_reason is None:
                 self.check_tokens(sequence)
             else:
                 self.close(key)
-        for sequence in leaving:
+        for sequence in on_rows:
+            sent_back = sequence.state in (SequenceState.WAITING, SequenceState.SPOILED)
+            if sent_back and sequence not in spoiled and sequence not in leaving:
+                self.seen["spoiled in flight" if sequence.in_flight else "spoiled"] += 1
             if sequence.state is SequenceState.WAITING:
                 self.queue_again(sequence)
         self.check()
@@ -225,6 +259,13 @@ class SchedulerLife:
             self.seen[f"{answer.finish_reason} at offset {place}"] += 1
         self.seen["ended with a step in flight"] += self.sequences[key].in_flight > 0
 
+    def close_failed(self, key: int, error: str | None) -> None:
+        """An answer that the device had no memory for: what came before is right."""
+        answer, script = self.answers.pop(key), self.scripts[key]
+        assert answer.finish_reason == "error" and error == OUT_OF_MEMORY_ERROR
+        assert answer.token_ids == script.expected()[0][: len(answer.token_ids)]
+        self.seen["out of memory"] += 1
+
     def open_sequences(self) -> list[Sequence]:
         """Those whose answers have not ended."""
         return [self.sequences[key] for key in self.answers]
@@ -265,6 +306,7 @@ class SchedulerLife:
         assert bound == [key for _, key in self.queue[: len(bound)]], "others were admitted than were next"
         del self.queue[: len(bound)]
         self.check_nothing_in_flight_is_taken(plan)
+        self.see_what_is_shared(plan)
         assert plan.positions <= shape.max_step_positions
         assert len(set(plan.decode)) == len(plan.decode) and not any(chunk.length < 1 for chunk in plan.prefill)
         worked = {chunk.sequence for chunk in plan.prefill} | set(plan.decode)
@@ -282,7 +324,7 @@ class SchedulerLife:
                 free=self.pool.free,
                 running=len(on_rows),
                 running_worst=sum(-(-sequence.end_position // shape.page_size) for sequence in on_rows),
-                prompt=-(-len(head.blocks) // shape.page_size),
+                prompt=-(-len(head.blocks) // shape.page_size) - self.cache.held(self.cache.find(head)),
                 worst=-(-head.end_position // shape.page_size),
             )
             assert not self.admission(occupancy), "a sequence waits for nothing"
@@ -291,10 +333,30 @@ class SchedulerLife:
     def check_nothing_in_flight_is_taken(self, plan: StepPlan) -> None:
         rows = {sequence.row for sequence in plan.bound}
         pages = {page for _, _, page in plan.page_entries}
+        for sequence in plan.bound:
+            pages -= set(self.shared_pages(plan, sequence))
         for flight in self.in_flight:
             assert flight.sequences.isdisjoint(plan.bound), "a sequence was admitted before it had landed"
             assert flight.pages.isdisjoint(pages), "a page was given away while a step in flight may write it"
             assert rows.isdisjoint(sequence.row for sequence in flight.sequences), "a row in flight was given away"
+
+    def shared_pages(self, plan: StepPlan, sequence: Sequence) -> list[int]:
+        """Pages ahead of the first position that the plan, which gives the sequence its row, works on."""
+        starts = [chunk.start for chunk in plan.prefill if chunk.sequence is sequence]
+        start = starts[0] if starts else int(plan.decode_positions[plan.decode.index(sequence)])
+        return sequence.pages[: start // self.shape.page_size]
+
+    def see_what_is_shared(self, plan: StepPlan) -> None:
+        for sequence in plan.bound:
+            pages = set(self.shared_pages(plan, sequence))
+            if not pages:
+                continue
+            self.seen["shared"] += 1
+            self.seen["all of a prompt shared"] += sequence not in [chunk.sequence for chunk in plan.prefill]
+            self.seen["shared in the step that writes it"] += not pages.isdisjoint(self.written(plan))
+            self.seen["shared with a step in flight"] += any(not pages.isdisjoint(f.written) for f in self.in_flight)
+            self.seen["found again when it had been preempted"] += self.preempted[sequence.request.request_id] > 0
+            self.seen["held by nobody else"] += any(self.pool.holders(page) == 1 for page in pages)
 
     def check_who_sat_out(self, plan: StepPlan, left: int) -> None:
         """Rows that could decode do, unless they need a page and those ahead of them took the last ones."""
@@ -326,7 +388,7 @@ class SchedulerLife:
         assert self.scheduler.waiting == len(self.queue)
         holding = [sequence for sequence in self.sequences.values() if sequence.row is not None]
         assert self.scheduler.running == len(holding)
-        assert self.pool.used == sum(len(sequence.pages) for sequence in holding)
+        assert self.pool.used == len({page for sequence in holding for page in sequence.pages})
         assert self.scheduler.preemptions == self.preempted.total()
 
     def drain(self) -> None:

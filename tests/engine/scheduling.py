@@ -7,6 +7,7 @@ from engine.admission import AdmissionRule, may_admit
 from engine.alignment import align_prompt
 from engine.config import PromptAlignment
 from engine.page_pool import PagePool
+from engine.prefix_cache import PrefixCache
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.step_budget import StepBudget
@@ -27,6 +28,7 @@ def make_sequence(
     priority: int = 0,
     arrival: float = 0.0,
     alignment: PromptAlignment = "left_pad",
+    cache_salt: str = "",
 ) -> Sequence:
     """A sequence of a prompt, or of one of `prompt` tokens 101, 102, ..."""
     token_ids = tuple(range(101, 101 + prompt)) if isinstance(prompt, int) else tuple(prompt)
@@ -35,6 +37,7 @@ def make_sequence(
         prompt_token_ids=token_ids,
         params=params or SamplingParams(max_tokens=max_tokens, seed=0),
         priority=priority,
+        cache_salt=cache_salt,
     )
     aligned = align_prompt(token_ids, BLOCK_LENGTH, alignment, PAD)
     return Sequence(key=key, request=request, prompt=aligned, arrival=arrival, block_length=BLOCK_LENGTH)
@@ -55,10 +58,13 @@ def make_scheduler(
     max_step_positions: int = 16,
     attention_positions: float = math.inf,
     admission: AdmissionRule = may_admit,
+    prefix_cache: bool = False,
 ) -> Scheduler:
     """A scheduler with a pool of its own."""
+    pool = PagePool(pages)
     return Scheduler(
-        pool=PagePool(pages),
+        pool=pool,
+        prefix_cache=PrefixCache(pool, page_size, enabled=prefix_cache),
         max_rows=max_rows,
         max_waiting=max_waiting,
         page_size=page_size,

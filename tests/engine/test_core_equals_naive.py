@@ -46,6 +46,7 @@ class Tally:
     eos_offsets: Counter[int] = field(default_factory=Counter)
     finishes: Counter[str] = field(default_factory=Counter)
     preemptions: int = 0
+    cached_tokens: int = 0
 
 
 def random_params(rng: random.Random, shortest: int, longest: int) -> SamplingParams:
@@ -72,18 +73,24 @@ def without_endings(params: SamplingParams) -> SamplingParams:
 def random_arrivals(rng: random.Random, config: ModelConfig, *, crowd: bool) -> list[Arrival]:
     """A handful of requests. Prompts are random ids, some with the end-of-text id inside; the first is not aborted.
 
+    Most prompts begin as others do, so that pages are shared.
+
     In a crowd, answers are so long beside their prompts that pages run out, whatever the tokens are: rounding differs
     between machines, and so do the tokens of random weights.
     """
     arrivals = []
+    text = [rng.randrange(512) for _ in range(88)]
     for request_id in range(rng.randint(4 if crowd else 1, 7)):
         step = rng.randint(0, 6)
         abort_after = rng.choice([None, None, 0, 1, 2, 6]) if request_id else None
         share = config.max_length // 32
         params = random_params(rng, 12 * share, 22 * share) if crowd else random_params(rng, 1, 38)
+        # Of one length often: where prompts are padded in front, others have no pages in common.
+        length = rng.randint(1, 20) if crowd else rng.choice([rng.randint(1, 88), 88])
+        shared = rng.choice([0, length // 2, length, length])
         request = GenerationRequest.of(
             request_id=request_id,
-            prompt_token_ids=tuple(rng.randrange(512) for _ in range(rng.randint(1, 20 if crowd else 88))),
+            prompt_token_ids=(*text[:shared], *(rng.randrange(512) for _ in range(length - shared))),
             params=without_endings(params) if crowd else params,
             priority=rng.choice([0, 0, 1]),
         )
@@ -191,6 +198,7 @@ def test_engine_equals_naive(model: GoldenModel, overlapped: bool, device: str) 
         )
         deltas = run_core(core, arrivals, tally)
         tally.preemptions += core.preemptions
+        tally.cached_tokens += core.totals.prefix_cache_hits
         assert core.load_now.running == core.load_now.waiting == core.load_now.pages_used == 0, f"seed {seed}"
         for arrival in arrivals:
             check_answer(arrival, deltas[arrival.request.request_id], served, tally)
@@ -200,5 +208,6 @@ def test_engine_equals_naive(model: GoldenModel, overlapped: bool, device: str) 
     assert all(tally.eos_offsets[offset] > 0 for offset in range(config.block_length)), tally.eos_offsets
     assert (tally.aborts_in_flight > 0) == overlapped
     assert tally.preemptions > 0
+    assert tally.cached_tokens > 0
     assert tally.finishes["stop"] > 0
     assert tally.finishes["length"] > 0

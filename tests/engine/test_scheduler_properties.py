@@ -57,10 +57,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     ) -> None:
         self.life.add(count, seed, prompt, params, alignment, priority, rare)
 
-    @rule()
-    def schedule(self) -> None:
+    @rule(failing=st.none() | st.integers(0, 100))
+    def schedule(self, failing: int | None) -> None:
         if len(self.life.in_flight) < self.max_in_flight:
-            self.life.schedule()
+            self.life.schedule(failing)
 
     @rule()
     def commit(self) -> None:
@@ -118,6 +118,13 @@ ALWAYS_SEEN = {
     "preempted after its forced block",
     "preempted the older of lower priority",
     "sat a step out",
+    "out of memory",
+    "shared",
+    "all of a prompt shared",
+    "shared in the step that writes it",
+    "held by nobody else",
+    "found again when it had been preempted",
+    "spoiled",
 }
 SEEN_UNDER_PRESSURE = {"preempted twice", "preempted while prefilling", "preempted before its forced block"}
 SEEN_WITH_LAG = {
@@ -126,6 +133,8 @@ SEEN_WITH_LAG = {
     "ended after it was preempted",
     "ended with a step in flight",
     "preempted in flight",
+    "shared with a step in flight",
+    "spoiled in flight",
 }
 SEEN_UNDER_PRESSURE_WITH_LAG = {"abort preempted in flight"}
 
@@ -142,7 +151,8 @@ def random_params(rng: random.Random, longest: int) -> SamplingParams:
 
 def act(life: SchedulerLife, rng: random.Random) -> None:
     """One random thing that can happen to a scheduler."""
-    match rng.choices(("add", "schedule", "commit", "run", "wait", "abort", "late abort"), (6, 5, 5, 3, 1, 4, 2))[0]:
+    actions = ("add", "schedule", "fail", "commit", "run", "wait", "abort", "late abort")
+    match rng.choices(actions, (6, 4, 2, 5, 3, 1, 4, 2))[0]:
         case "add":
             prompt = rng.randint(1, rng.choice((6, 48)))
             priority, rare = rng.randint(-1, 1), rng.choice((3, 8, 50))
@@ -151,6 +161,8 @@ def act(life: SchedulerLife, rng: random.Random) -> None:
             life.add(rng.randint(1, 4), rng.randrange(10**6), prompt, params, alignment, priority, rare)
         case "schedule" if len(life.in_flight) < life.max_in_flight:
             life.schedule()
+        case "fail" if len(life.in_flight) < life.max_in_flight:
+            life.schedule(rng.randrange(100))
         case "commit":
             life.commit()
         case "run":
@@ -170,7 +182,7 @@ def live(max_in_flight: int, admission: AdmissionRule) -> set[str]:
     for seed, shape in enumerate(SHAPES * 3):
         rng = random.Random(seed)
         life = SchedulerLife(shape, max_in_flight, admission)
-        for _ in range(400):
+        for _ in range(500):
             act(life, rng)
         life.drain()
         seen += life.seen

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.types import MAX_STOP_TOKEN_IDS, InvalidRequestError, SamplingParams
-from engine.validation import validate_priority, validate_request
+from engine.validation import MAX_CACHE_SALT, validate_cache_salt, validate_priority, validate_request
 
 VOCAB_SIZE = 100
 MAX_LENGTH = 32
@@ -104,6 +104,18 @@ def test_messages_give_the_numbers(token_ids: tuple[int, ...], params: dict[str,
 @pytest.mark.parametrize("priority", [0, -(2**31), 2**31 - 1])
 def test_priorities_of_32_bits_pass(priority: int) -> None:
     validate_priority(priority)
+
+
+@pytest.mark.parametrize("salt", ["", "tenant", "x" * MAX_CACHE_SALT, "\ud800"])
+def test_salts_are_any_text_of_bounded_length(salt: str) -> None:
+    validate_cache_salt(salt)
+
+
+@pytest.mark.parametrize("salt", ["x" * (MAX_CACHE_SALT + 1), None, 3, b"x"])
+def test_other_salts_are_refused(salt: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        validate_cache_salt(salt)
+    assert caught.value.param == "cache_salt"
 
 
 @pytest.mark.parametrize("priority", [-(2**31) - 1, 2**31, 0.0, math.nan, True, "0", None])

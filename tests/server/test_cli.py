@@ -71,7 +71,7 @@ def test_help_lists_every_setting_with_its_default(
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     for name in ServeSettings.model_fields:
-        assert re.search(rf"^  {flag_name(name)} ", text, re.MULTILINE), name
+        assert re.search(rf"^  {flag_name(name)}[ ,]", text, re.MULTILINE), name
     lists = sum(isinstance(field.default, tuple) for field in ServeSettings.model_fields.values())
     assert text.count("[") == text.count("]") == len(ServeSettings.model_fields) + lists + 1
     assert max(map(len, text.splitlines())) <= 100

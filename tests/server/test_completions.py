@@ -383,3 +383,35 @@ async def test_what_was_counted_agrees_with_the_answers() -> None:
                  "request_prompt_tokens", "request_queue_seconds", "request_prefill_seconds"):  # fmt: skip
         assert counted.observations[name] == 5, name
     assert counted.counters["http_requests_total", "/v1/completions", "POST", "200"] == 2
+
+
+def cached_script(request: GenerationRequest) -> list[Delta]:
+    """An engine that had 32 tokens of the prompt of request 100 in its cache, and all other prompts whole."""
+    first, *others = reply_deltas(request)
+    return [msgspec.structs.replace(first, cached_tokens=32 if request.request_id == 100 else 64), *others]
+
+
+async def test_usage_tells_what_the_prefix_cache_held_of_each_prompt_once() -> None:
+    """The answers to a prompt behind the first share what that one computes: they do not count."""
+    harness = Harness(FakeEngine(cached_script))
+    usage = (await harness.complete(prompt="x" * 65, n=3)).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 32}
+    usage = (await harness.complete(prompt=["x" * 65, "y" * 65], n=2)).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 128}
+
+
+@pytest.mark.parametrize("stream_chunks", ["block", "token"])
+async def test_streams_tell_cached_tokens_from_their_first_chunk_on(stream_chunks: str) -> None:
+    harness = Harness(FakeEngine(cached_script), stream_chunks=stream_chunks)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    response = await harness.complete(prompt="x" * 65, stream=True, stream_options=options)
+    *chunks, done = events(response.text)
+    assert done == "[DONE]"
+    assert [chunk["usage"]["prompt_tokens_details"]["cached_tokens"] for chunk in chunks] == [32] * len(chunks)
+
+
+async def test_the_cache_salt_reaches_the_engine() -> None:
+    harness = Harness()
+    await harness.complete(n=2, cache_salt="tenant")
+    await harness.complete(cache_salt=None)
+    assert [request.cache_salt for request in harness.engine.requests] == ["tenant", "tenant", ""]

@@ -43,6 +43,7 @@ def test_every_setting_can_come_from_the_environment(tmp_path: Path) -> None:
         "max_choices": "6",
         "max_stop_strings": "7", "max_body_bytes": "1MiB", "stream_chunks": "token", "drain_timeout": "1.5",
         "step_timeout": "2.5", "log_level": "debug", "log_format": "json", "sync": "true", "api_key": "k1, k2",
+        "prefix_cache": "false",
         "api_key_file": str(tmp_path / "keys"), "metrics_without_key": "true",
     }  # fmt: skip
     assert set(texts) == set(ServeSettings.model_fields)
@@ -53,7 +54,7 @@ def test_every_setting_can_come_from_the_environment(tmp_path: Path) -> None:
     assert settings.api_keys() == ("k1", "k2", "k3")
     assert settings.engine_options() == EngineOptions(
         device="cuda:1", dtype="bfloat16", max_rows=4, max_waiting=5, page_size=8, max_step_positions=99,
-        prefer="latency", kv_bytes=1 << 30, memory_fraction=0.5, overlapped=False,
+        prefer="latency", kv_bytes=1 << 30, memory_fraction=0.5, prefix_cache=False, overlapped=False,
     )  # fmt: skip
     assert ServeSettings.model_validate_json(settings.model_dump_json()) == settings
 

@@ -24,6 +24,7 @@ EXPECTED = {
     "requests_total{outcome=abort}": 1,
     "requests_total{outcome=rejected}": 1,
     "prompt_tokens_total": 3 * 4,
+    "prefix_cache_queries_total{engine=0}": 4 * 4,
     "generation_tokens_total": LONG + 10 + 2 * 8,
     "steps_total{engine=0}": LONG // 4 + 3 + 2 * 2,
     "http_requests_total{handler=/v1/completions,method=POST,status=200}": 3,
@@ -128,3 +129,16 @@ def test_promtool_finds_nothing_to_complain_about(server: ServerProcess) -> None
     text = httpx.get(f"{server.url}/metrics").text
     checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_what_the_prefix_cache_held_is_told_in_usage_and_counted(server: ServerProcess) -> None:
+    prompt = [300 + place for place in range(132)]
+    body = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "cache_salt": "of this test"}
+    names = ("prefix_cache_queries_total", "prefix_cache_hits_total")
+    before = [server.metric(name, engine="0") for name in names]
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        first, second = (client.post("/v1/completions", json=body).json() for _ in range(2))
+    assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (first, second)] == [0, 128]
+    assert first["choices"] == second["choices"]
+    wait_until(lambda: server.metric(names[0], engine="0") == before[0] + 2 * 132, timeout=5)
+    assert server.metric(names[1], engine="0") == before[1] + 128

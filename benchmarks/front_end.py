@@ -13,9 +13,7 @@ import asyncio
 import dataclasses
 import json
 import os
-import random
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,15 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import Load, Loaded
 from benchmarks.results import append, provenance
 from engine.config import ModelConfig
 from engine.logs import configure_logging
 from engine.model_files import find_model
+from server.bench.figures import figures
+from server.bench.http_client import Address
+from server.bench.messages import Begin, Lengths, Work
+from server.bench.workers import start_workers
 from server.children import ChildSpec, module_command
 from server.control_server import ControlServer
 from server.metrics_registry import MetricStore
@@ -97,57 +97,67 @@ def cpu_seconds(module: str) -> float:
     return total / CLOCK_TICKS
 
 
-async def _client(load: Load) -> Loaded:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "benchmarks.load", msgspec.json.encode(load).decode(), stdout=asyncio.subprocess.PIPE
-    )
-    output, _ = await process.communicate()
-    return msgspec.json.decode(output, type=Loaded)
+def _works(
+    service: Service, clients: int, open_requests: int, *, streamed: bool, tokens: tuple[int, int]
+) -> list[Work]:
+    return [
+        Work(
+            address=Address(service.host, service.port),
+            headers={},
+            model=None,
+            streamed=streamed,
+            ignore_eos=True,
+            temperature=0.0,
+            prompts=[],
+            prompt_lengths=Lengths(kind="fixed", mean=PROMPT_TOKENS),
+            output_lengths=Lengths(kind="uniform", low=tokens[0], high=tokens[1]),
+            vocab_size=service.vocab_size,
+            words=False,
+            concurrency=open_requests // clients + (number < open_requests % clients),
+            rate=0.0,
+            requests=None,
+            timeout_s=600.0,
+            seed=number,
+        )
+        for number in range(clients)
+    ]
 
 
 async def measure(
     service: Service, arguments: argparse.Namespace, open_requests: int, *, streamed: bool, tokens: tuple[int, int]
 ) -> dict[str, Any]:
     """Keep so many requests open, spread over the client processes, and count."""
+    taken: dict[str, float] = {}
+
+    async def watch_cpu(begin: Begin) -> None:
+        await asyncio.sleep(begin.measure_from - time.monotonic())
+        before = {name: cpu_seconds(name) for name in ("server.api_process", "benchmarks.canned_engine")}
+        await asyncio.sleep(begin.end - time.monotonic())
+        taken.update({name: cpu_seconds(name) - then for name, then in before.items()})
+
+    watching: list[asyncio.Task[None]] = []
     clients = min(arguments.clients, open_requests)
-    rng = random.Random(open_requests)
-    begin = time.monotonic() + arguments.warm_up
-    shares = [open_requests // clients + (number < open_requests % clients) for number in range(clients)]
-    loads = [
-        Load(
-            host=service.host,
-            port=service.port,
-            open_requests=share,
-            prompt=[rng.randrange(1, service.vocab_size) for _ in range(PROMPT_TOKENS)],
-            streamed=streamed,
-            fewest_tokens=tokens[0],
-            most_tokens=tokens[1],
-            begin=begin,
-            end=begin + arguments.seconds,
-            seed=number,
+    async with start_workers(_works(service, clients, open_requests, streamed=streamed, tokens=tokens)) as workers:
+        begin, records = await workers.run(
+            arguments.seconds,
+            arguments.warm_up,
+            on_begin=lambda begin: watching.append(asyncio.create_task(watch_cpu(begin))),
         )
-        for number, share in enumerate(shares)
-    ]
-    loading = asyncio.gather(*(_client(load) for load in loads))
-    await asyncio.sleep(begin - time.monotonic())
-    before = {name: cpu_seconds(name) for name in ("server.api_process", "benchmarks.canned_engine")}
-    await asyncio.sleep(begin + arguments.seconds - time.monotonic())
-    taken = {name: cpu_seconds(name) - then for name, then in before.items()}
-    loaded = await loading
-    answers = sum(one.answers for one in loaded)
-    if not answers or any(one.failures for one in loaded):
-        raise RuntimeError(f"{answers} answers, {sum(one.failures for one in loaded)} failures")
-    generated = sum(one.tokens for one in loaded)
+        await asyncio.gather(*watching)
+    found = figures(records, start=begin.measure_from, end=begin.end, service_level=None)
+    answers = found["answers"]
+    if not answers or found["failures"]:
+        raise RuntimeError(f"{answers} answers, failures: {found['errors']}")
     return {
         "streamed": streamed,
         "open_requests": open_requests,
         "answers": answers,
-        "tok_s": round(generated / arguments.seconds, 1),
+        "tok_s": found["tok_s"],
         "answers_s": round(answers / arguments.seconds, 1),
         "api_cores": round(taken["server.api_process"] / arguments.seconds, 3),
         "engine_cores": round(taken["benchmarks.canned_engine"] / arguments.seconds, 3),
         "api_cpu_ms_per_answer": round(1e3 * taken["server.api_process"] / answers, 4),
-        "tokens_per_answer": round(generated / answers, 1),
+        "tokens_per_answer": round(found["tokens"] / answers, 1),
     }
 
 

@@ -4,12 +4,14 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`; e
 tests/docs/test_generate.py fails while a page is behind the code.
 """
 
+import argparse
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.metrics import METRICS
+from server.bench.options import add_arguments
 from server.settings import ENVIRONMENT_PREFIX, GROUPS, ServeSettings, flag_name
 
 DOCS = Path(__file__).parent
@@ -34,6 +36,19 @@ def flags() -> str:
     return "\n".join(sections)
 
 
+def bench_flags() -> str:
+    """Every flag of `blockserve bench`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    # argparse has no public list of its flags. Of the help the default stands at the end, in brackets.
+    rows = []
+    for action in parser._actions:  # noqa: SLF001
+        meaning, _, default = (action.help or "").removesuffix("]").rpartition(" [")
+        values = f" {action.metavar} ..." if action.nargs == "+" else f" {action.metavar}" if action.metavar else ""
+        rows.append((f"`{action.option_strings[0]}{values}`", default, meaning))
+    return _table(("flag", "default", "meaning"), rows)
+
+
 def metrics() -> str:
     """Every metric, by name."""
     rows = [
@@ -43,7 +58,7 @@ def metrics() -> str:
     return _table(("name", "type", "labels", "meaning"), rows)
 
 
-PARTS: dict[str, Callable[[], str]] = {"flags": flags, "metrics": metrics}
+PARTS: dict[str, Callable[[], str]] = {"flags": flags, "bench-flags": bench_flags, "metrics": metrics}
 
 
 def renew(page: str) -> str:

@@ -1,6 +1,6 @@
 """Measures the front end alone: real API processes under the real supervisor, before an engine that computes nothing.
 
-    python -m benchmarks.front_end [--open 1 64 1024] [--clients 2] [--seconds 5]
+    python -m benchmarks.front_end [--open 1 64 1024] [--clients 2] [--api-processes 1] [--seconds 5]
 
 Prints tokens a second, and what a thousand deltas (a step's block for one request) and a request cost the API processes
 in CPU time, whole and streamed. Appends the rows to benchmarks/results/front_end.jsonl and ends with one JSON line.
@@ -38,7 +38,7 @@ from server.metrics_registry import MetricStore
 from server.runtime_directory import runtime_directory
 from server.service import control_socket, plan_children
 from server.settings import ServeSettings
-from server.sockets import bind_port
+from server.sockets import bind_ports
 from server.supervisor import Supervisor, SupervisorOptions
 
 PROMPT_TOKENS = 128
@@ -62,8 +62,8 @@ async def canned_service(settings: ServeSettings) -> AsyncIterator[Service]:
     """The service of `settings`, with `benchmarks.canned_engine` in place of its engine, supervised by this process."""
     model = find_model(settings.model)
     config = ModelConfig.load(model)
-    with bind_port(settings.host, 0) as listener, runtime_directory() as directory:
-        specs = [_canned(spec) for spec in plan_children(settings, model, listener, directory)]
+    with bind_ports(settings.host, 0, settings.front_ends()) as listeners, runtime_directory() as directory:
+        specs = [_canned(spec) for spec in plan_children(settings, model, listeners, directory)]
         ready = asyncio.Event()
         supervisor = Supervisor(specs, SupervisorOptions(), MetricStore(), lambda _: ready.set())
         async with ControlServer(control_socket(directory), supervisor):
@@ -71,7 +71,7 @@ async def canned_service(settings: ServeSettings) -> AsyncIterator[Service]:
             try:
                 await asyncio.wait_for(ready.wait(), 60)
                 await asyncio.sleep(0.5)  # for the connections between them
-                host, port = listener.getsockname()[:2]
+                host, port = listeners[0].getsockname()[:2]
                 yield Service(host, port, config.vocab_size, config.block_length)
             finally:
                 supervisor.signalled(signal.SIGTERM)
@@ -190,12 +190,12 @@ async def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "seconds": arguments.seconds,
         **provenance(),
     }
-    settings = ServeSettings(port=0, log_level="warning", max_waiting=1 << 20)
+    settings = ServeSettings(port=0, log_level="warning", max_waiting=1 << 20, api_processes=arguments.api_processes)
     async with canned_service(settings) as service:
         for streamed in (False, True):
             for open_requests in arguments.open:
                 figures = await measure_both(service, arguments, open_requests, streamed=streamed)
-                rows.append({**common, "api_processes": 1, **figures})
+                rows.append({**common, "api_processes": settings.front_ends(), **figures})
     return rows
 
 
@@ -226,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--open", type=int, nargs="+", default=[1, 64, 1024], help="requests kept open")
     parser.add_argument("--clients", type=int, default=2, help="client processes")
+    parser.add_argument("--api-processes", type=int, default=1, help="processes of the front end")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--warm-up", type=float, default=3.0, help="seconds before each measurement")
     parser.add_argument("--no-results", action="store_true", help="append nothing to benchmarks/results")

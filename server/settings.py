@@ -4,6 +4,7 @@ A flag wins over the environment, the environment over the file, the file over t
 of `blockserve serve` from the fields below, so a setting is declared in one place.
 """
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -86,6 +87,10 @@ class ServeSettings(BaseModel):
 
     host: str = _setting("127.0.0.1", "Network", "ADDRESS", "address to listen on; 0.0.0.0 for every interface")
     port: Port = _setting(8000, "Network", "PORT", "port to listen on; 0 for any that is free")
+
+    api_processes: Annotated[int, Field(ge=1, le=64)] | None = _setting(
+        None, "Network", "N", "processes of the front end, behind one port", shown="auto: one for four cores, 8 at most"
+    )
 
     api_key: tuple[SecretStr, ...] = _setting(
         (),
@@ -224,6 +229,10 @@ class ServeSettings(BaseModel):
             memory_fraction=self.memory_fraction,
             overlapped=False if self.sync else None,
         )
+
+    def front_ends(self) -> int:
+        """How many API processes there are."""
+        return self.api_processes or min(8, max(1, len(os.sched_getaffinity(0)) // 4))
 
     def model_names(self) -> tuple[str, ...]:
         """The names clients may use for the model; the first is the one that responses default to."""

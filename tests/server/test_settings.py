@@ -37,7 +37,7 @@ def test_every_setting_can_come_from_the_environment(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("k3\n", encoding="utf-8")
     texts = {
         "model": "dir", "served_model_name": "a, b", "random_weights": "3", "host": "::1", "port": "0",
-        "device": "cuda:1",
+        "api_processes": "2", "device": "cuda:1",
         "dtype": "bfloat16", "threads": "2", "max_rows": "4", "max_waiting": "5", "page_size": "8",
         "max_step_positions": "99", "kv_bytes": "1GiB", "memory_fraction": "0.5", "max_choices": "6",
         "max_stop_strings": "7", "max_body_bytes": "1MiB", "stream_chunks": "token", "drain_timeout": "1.5",
@@ -155,3 +155,10 @@ def test_a_bad_key_is_not_quoted(value: object) -> None:
 def test_a_file_of_keys_that_nobody_read_opens_nothing() -> None:
     with pytest.raises(AssertionError, match="not read"):
         ServeSettings(api_key_file="keys").api_keys()
+
+
+def test_api_processes_follow_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, processes in ((1, 1), (7, 1), (8, 2), (16, 4), (128, 8)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert ServeSettings().front_ends() == processes
+        assert ServeSettings(api_processes=3).front_ends() == 3

@@ -52,24 +52,29 @@ def plan_children(
     There is an API process for each of `listeners`.
     """
     control_path = str(control_socket(directory))
-    engine_socket = directory / "engine0.sock"
-    engine_config = directory / "engine0.json"
-    write_process_config(
-        engine_config,
-        EngineProcessConfig(
-            index=0,
-            name=settings.model_names()[0],
-            model=str(model),
-            options=settings.engine_options(),
-            socket_path=str(engine_socket),
-            control_path=control_path,
-            log=settings.log_config(),
-            random_seed=settings.random_weights,
-            step_timeout_s=settings.step_timeout,
-            threads=settings.threads,
-        ),
-    )
-    specs = [ChildSpec("engine", 0, module_command("engine.worker", engine_config), stale_files=(engine_socket,))]
+    specs = []
+    engine_sockets = []
+    for index, device in enumerate(settings.engine_devices()):
+        engine_socket = directory / f"engine{index}.sock"
+        engine_config = directory / f"engine{index}.json"
+        write_process_config(
+            engine_config,
+            EngineProcessConfig(
+                index=index,
+                name=settings.model_names()[0],
+                model=str(model),
+                options=settings.engine_options(device),
+                socket_path=str(engine_socket),
+                control_path=control_path,
+                log=settings.log_config(),
+                random_seed=settings.random_weights,
+                step_timeout_s=settings.step_timeout,
+                threads=settings.engine_threads(),
+            ),
+        )
+        engine_sockets.append(str(engine_socket))
+        command = module_command("engine.worker", engine_config)
+        specs.append(ChildSpec("engine", index, command, stale_files=(engine_socket,)))
     for index, listener in enumerate(listeners):
         api_config = directory / f"api{index}.json"
         write_process_config(
@@ -78,7 +83,7 @@ def plan_children(
                 index=index,
                 model=str(model),
                 listen_fd=listener.fileno(),
-                engine_sockets=[str(engine_socket)],
+                engine_sockets=engine_sockets,
                 control_path=control_path,
                 settings=settings.model_dump_json(),
                 log=settings.log_config(),
@@ -104,7 +109,8 @@ async def _supervise(
         log.info("serving %s", name, extra={"url": url, "device": info.device, "dtype": info.dtype})
         if settings.log_format == "plain":
             needs_key = bool(settings.api_keys())
-            banner = start_banner(info, name, version_info().version, url, needs_key=needs_key)
+            engines = len(settings.engine_devices())
+            banner = start_banner(info, name, version_info().version, url, needs_key=needs_key, engines=engines)
             sys.stdout.write("\n" + banner + "\n")
             sys.stdout.flush()
 

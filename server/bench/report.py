@@ -124,4 +124,5 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _percentiles(spread: dict[str, float] | None) -> str:
     if spread is None:
         return "-"
-    return "/".join(f"{spread[name]:.3g}" for name in ("p50", "p90", "p99"))
+    values = [spread[name] for name in ("p50", "p90", "p99")]
+    return "/".join(f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in values)

@@ -8,6 +8,8 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 TEST_WORKERS ?= 2
+IMAGE ?= blockserve
+BASE ?= docker.io/library/debian:bookworm-slim
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -16,7 +18,7 @@ DEV := $(VENV)/.blockserve-dev
 SOURCES := server engine kernels training benchmarks tests docs
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format unit docs bench bench-engine soak model-card clean
+.PHONY: help serve test lint format unit docs bench bench-engine soak model-card image clean
 
 help: ## This list
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -48,7 +50,7 @@ bench: $(DEV) ## Measure a server with the embedded model (ARGS="--device cuda -
 bench-engine: $(DEV) ## Measure the engine alone on a GPU (ARGS="--models block-302M --workloads P D")
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 
-bench-%: $(DEV) ## Measure on a GPU one of kernels, mixed, latency, startup, rescore
+bench-%: $(DEV) ## Measure on a GPU one of kernels, mixed, latency, startup, rescore, front_end_scale
 	$(BIN)/python -m benchmarks.$* $(ARGS)
 
 soak: $(DEV) ## Load a server at random, kill its engine, look for leaks (ARGS="--minutes 8 --device cuda")
@@ -56,6 +58,10 @@ soak: $(DEV) ## Load a server at random, kill its engine, look for leaks (ARGS="
 
 model-card: $(DEV) ## Write the embedded model's card from its run (ARGS="--date YYYY-MM-DD")
 	$(BIN)/python -m training.card --model engine/default_model --run training/default_run $(ARGS)
+
+image: ## Build the container IMAGE on BASE with buildah, without a daemon (ARGS are buildah's)
+	@# In this format an image keeps its health check.
+	buildah build --format docker --build-arg BASE=$(BASE) --tag $(IMAGE) $(ARGS) .
 
 clean: ## Remove the environment and what tools left behind
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

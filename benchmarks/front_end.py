@@ -1,6 +1,6 @@
 """Measures the front end alone: real API processes under the real supervisor, before an engine that computes nothing.
 
-    python -m benchmarks.front_end [--open 1 64 1024] [--clients 2] [--seconds 5]
+    python -m benchmarks.front_end [--open 1 64 1024] [--clients 2] [--api-processes 1] [--seconds 5]
 
 Prints tokens a second, and what a thousand deltas (a step's block for one request) and a request cost the API processes
 in CPU time, whole and streamed. Appends the rows to benchmarks/results/front_end.jsonl and ends with one JSON line.
@@ -13,9 +13,7 @@ import asyncio
 import dataclasses
 import json
 import os
-import random
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,22 +21,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import Load, Loaded
 from benchmarks.results import append, provenance
 from engine.config import ModelConfig
 from engine.logs import configure_logging
 from engine.model_files import find_model
+from server.bench.figures import figures
+from server.bench.http_client import Address
+from server.bench.messages import Begin, Lengths, Work
+from server.bench.workers import start_workers
 from server.children import ChildSpec, module_command
 from server.control_server import ControlServer
 from server.metrics_registry import MetricStore
 from server.runtime_directory import runtime_directory
 from server.service import control_socket, plan_children
 from server.settings import ServeSettings
-from server.sockets import bind_port
+from server.sockets import bind_ports
 from server.supervisor import Supervisor, SupervisorOptions
 
 PROMPT_TOKENS = 128
@@ -62,8 +62,8 @@ async def canned_service(settings: ServeSettings) -> AsyncIterator[Service]:
     """The service of `settings`, with `benchmarks.canned_engine` in place of its engine, supervised by this process."""
     model = find_model(settings.model)
     config = ModelConfig.load(model)
-    with bind_port(settings.host, 0) as listener, runtime_directory() as directory:
-        specs = [_canned(spec) for spec in plan_children(settings, model, listener, directory)]
+    with bind_ports(settings.host, 0, settings.front_ends()) as listeners, runtime_directory() as directory:
+        specs = [_canned(spec) for spec in plan_children(settings, model, listeners, directory)]
         ready = asyncio.Event()
         supervisor = Supervisor(specs, SupervisorOptions(), MetricStore(), lambda _: ready.set())
         async with ControlServer(control_socket(directory), supervisor):
@@ -71,7 +71,7 @@ async def canned_service(settings: ServeSettings) -> AsyncIterator[Service]:
             try:
                 await asyncio.wait_for(ready.wait(), 60)
                 await asyncio.sleep(0.5)  # for the connections between them
-                host, port = listener.getsockname()[:2]
+                host, port = listeners[0].getsockname()[:2]
                 yield Service(host, port, config.vocab_size, config.block_length)
             finally:
                 supervisor.signalled(signal.SIGTERM)
@@ -97,57 +97,67 @@ def cpu_seconds(module: str) -> float:
     return total / CLOCK_TICKS
 
 
-async def _client(load: Load) -> Loaded:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "benchmarks.load", msgspec.json.encode(load).decode(), stdout=asyncio.subprocess.PIPE
-    )
-    output, _ = await process.communicate()
-    return msgspec.json.decode(output, type=Loaded)
+def _works(
+    service: Service, clients: int, open_requests: int, *, streamed: bool, tokens: tuple[int, int]
+) -> list[Work]:
+    return [
+        Work(
+            address=Address(service.host, service.port),
+            headers={},
+            model=None,
+            streamed=streamed,
+            ignore_eos=True,
+            temperature=0.0,
+            prompts=[],
+            prompt_lengths=Lengths(kind="fixed", mean=PROMPT_TOKENS),
+            output_lengths=Lengths(kind="uniform", low=tokens[0], high=tokens[1]),
+            vocab_size=service.vocab_size,
+            words=False,
+            concurrency=open_requests // clients + (number < open_requests % clients),
+            rate=0.0,
+            requests=None,
+            timeout_s=600.0,
+            seed=number,
+        )
+        for number in range(clients)
+    ]
 
 
 async def measure(
     service: Service, arguments: argparse.Namespace, open_requests: int, *, streamed: bool, tokens: tuple[int, int]
 ) -> dict[str, Any]:
     """Keep so many requests open, spread over the client processes, and count."""
+    taken: dict[str, float] = {}
+
+    async def watch_cpu(begin: Begin) -> None:
+        await asyncio.sleep(begin.measure_from - time.monotonic())
+        before = {name: cpu_seconds(name) for name in ("server.api_process", "benchmarks.canned_engine")}
+        await asyncio.sleep(begin.end - time.monotonic())
+        taken.update({name: cpu_seconds(name) - then for name, then in before.items()})
+
+    watching: list[asyncio.Task[None]] = []
     clients = min(arguments.clients, open_requests)
-    rng = random.Random(open_requests)
-    begin = time.monotonic() + arguments.warm_up
-    shares = [open_requests // clients + (number < open_requests % clients) for number in range(clients)]
-    loads = [
-        Load(
-            host=service.host,
-            port=service.port,
-            open_requests=share,
-            prompt=[rng.randrange(1, service.vocab_size) for _ in range(PROMPT_TOKENS)],
-            streamed=streamed,
-            fewest_tokens=tokens[0],
-            most_tokens=tokens[1],
-            begin=begin,
-            end=begin + arguments.seconds,
-            seed=number,
+    async with start_workers(_works(service, clients, open_requests, streamed=streamed, tokens=tokens)) as workers:
+        begin, records = await workers.run(
+            arguments.seconds,
+            arguments.warm_up,
+            on_begin=lambda begin: watching.append(asyncio.create_task(watch_cpu(begin))),
         )
-        for number, share in enumerate(shares)
-    ]
-    loading = asyncio.gather(*(_client(load) for load in loads))
-    await asyncio.sleep(begin - time.monotonic())
-    before = {name: cpu_seconds(name) for name in ("server.api_process", "benchmarks.canned_engine")}
-    await asyncio.sleep(begin + arguments.seconds - time.monotonic())
-    taken = {name: cpu_seconds(name) - then for name, then in before.items()}
-    loaded = await loading
-    answers = sum(one.answers for one in loaded)
-    if not answers or any(one.failures for one in loaded):
-        raise RuntimeError(f"{answers} answers, {sum(one.failures for one in loaded)} failures")
-    generated = sum(one.tokens for one in loaded)
+        await asyncio.gather(*watching)
+    found = figures(records, start=begin.measure_from, end=begin.end, service_level=None)
+    answers = found["answers"]
+    if not answers or found["failures"]:
+        raise RuntimeError(f"{answers} answers, failures: {found['errors']}")
     return {
         "streamed": streamed,
         "open_requests": open_requests,
         "answers": answers,
-        "tok_s": round(generated / arguments.seconds, 1),
+        "tok_s": found["tok_s"],
         "answers_s": round(answers / arguments.seconds, 1),
         "api_cores": round(taken["server.api_process"] / arguments.seconds, 3),
         "engine_cores": round(taken["benchmarks.canned_engine"] / arguments.seconds, 3),
         "api_cpu_ms_per_answer": round(1e3 * taken["server.api_process"] / answers, 4),
-        "tokens_per_answer": round(generated / answers, 1),
+        "tokens_per_answer": round(found["tokens"] / answers, 1),
     }
 
 
@@ -180,12 +190,12 @@ async def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "seconds": arguments.seconds,
         **provenance(),
     }
-    settings = ServeSettings(port=0, log_level="warning", max_waiting=1 << 20)
+    settings = ServeSettings(port=0, log_level="warning", max_waiting=1 << 20, api_processes=arguments.api_processes)
     async with canned_service(settings) as service:
         for streamed in (False, True):
             for open_requests in arguments.open:
                 figures = await measure_both(service, arguments, open_requests, streamed=streamed)
-                rows.append({**common, "api_processes": 1, **figures})
+                rows.append({**common, "api_processes": settings.front_ends(), **figures})
     return rows
 
 
@@ -216,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--open", type=int, nargs="+", default=[1, 64, 1024], help="requests kept open")
     parser.add_argument("--clients", type=int, default=2, help="client processes")
+    parser.add_argument("--api-processes", type=int, default=1, help="processes of the front end")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--warm-up", type=float, default=3.0, help="seconds before each measurement")
     parser.add_argument("--no-results", action="store_true", help="append nothing to benchmarks/results")

@@ -4,15 +4,25 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`; e
 tests/docs/test_generate.py fails while a page is behind the code.
 """
 
+import argparse
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from benchmarks.models import MODELS, WORKLOADS
 from engine.metrics import METRICS
+from server.bench.options import add_arguments
 from server.settings import ENVIRONMENT_PREFIX, GROUPS, ServeSettings, flag_name
 
 DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results" / "engine.jsonl"
+SIZING_DEVICE = "NVIDIA H200"
+SIZING_BYTES = 10 << 30
+ALERTS = DOCS.parent / "docker" / "prometheus" / "alerts.yml"
 PART = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -34,6 +44,19 @@ def flags() -> str:
     return "\n".join(sections)
 
 
+def bench_flags() -> str:
+    """Every flag of `blockserve bench`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    # argparse has no public list of its flags. Of the help the default stands at the end, in brackets.
+    rows = []
+    for action in parser._actions:  # noqa: SLF001
+        meaning, _, default = (action.help or "").removesuffix("]").rpartition(" [")
+        values = f" {action.metavar} ..." if action.nargs == "+" else f" {action.metavar}" if action.metavar else ""
+        rows.append((f"`{action.option_strings[0]}{values}`", default, meaning))
+    return _table(("flag", "default", "meaning"), rows)
+
+
 def metrics() -> str:
     """Every metric, by name."""
     rows = [
@@ -43,7 +66,49 @@ def metrics() -> str:
     return _table(("name", "type", "labels", "meaning"), rows)
 
 
-PARTS: dict[str, Callable[[], str]] = {"flags": flags, "metrics": metrics}
+def alerts() -> str:
+    """Every alert, what it means and what to do."""
+    groups = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
+    rows = [
+        (
+            f"`{rule['alert']}`",
+            rule["labels"]["severity"],
+            rule["annotations"]["summary"],
+            rule["annotations"]["runbook"],
+        )
+        for group in groups
+        for rule in group["rules"]
+    ]
+    return _table(("alert", "severity", "meaning", "what to do"), rows)
+
+
+def sizing() -> str:
+    """KV memory of the benchmarks' models, and what their engines did, by the last measurement of each."""
+    measured: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in RESULTS.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["device"] == SIZING_DEVICE and row["dtype"] == "bfloat16":
+            measured[row["model"], row["workload"]] = row
+    rows = []
+    for name, model in MODELS.items():
+        decoder, block = model.config.block_decoder, model.config.block_length
+        position = 2 * decoder.num_layers * decoder.hidden_size * 2
+        cells = [f"{position // block:,}", f"{SIZING_BYTES * block // position:,}"]
+        for workload in WORKLOADS:
+            row = measured.get((name, workload))
+            cells.append("not measured" if row is None else f"{row['tok_s']:,.0f} ({row['rows']} rows)")
+        rows.append((name, *cells))
+    lengths = [f"{each.name}: tok/s, {each.prompt_tokens} + {each.answer_tokens}" for each in WORKLOADS.values()]
+    return _table(("model", "KV bytes a token", "KV tokens in 10 GiB", *lengths), rows)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "flags": flags,
+    "bench-flags": bench_flags,
+    "metrics": metrics,
+    "alerts": alerts,
+    "sizing": sizing,
+}
 
 
 def renew(page: str) -> str:

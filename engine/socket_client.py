@@ -7,6 +7,8 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import msgspec
+
 from engine.client import EngineRejectedError, EngineUnavailableError
 from engine.messages import (
     Abort,
@@ -74,6 +76,13 @@ class _Connection:
         self.up = False
         self.info: EngineInfo | None = None
         self.load = EngineLoad()
+        self.unseen = 0
+        """Requests that were sent since the engine last said how busy it is."""
+
+    @property
+    def expected_load(self) -> EngineLoad:
+        """The load with what is on its way: else all of a burst would go to the same engine."""
+        return msgspec.structs.replace(self.load, running=self.load.running + self.unseen)
 
     async def run(self) -> None:
         """Connect, read until the engine is gone, and again."""
@@ -95,6 +104,7 @@ class _Connection:
         answers = SocketAnswers(self, [request.request_id for request in requests])
         accepted = self._waiting[group_id] = asyncio.get_running_loop().create_future()
         self._answers.update((request.request_id, answers) for request in requests)
+        self.unseen += len(requests)
         self._send(Submit(group_id=group_id, requests=list(requests)))
         try:
             await accepted
@@ -126,7 +136,7 @@ class _Connection:
             case Rejected():
                 self._settle(message.group_id, EngineRejectedError(message.code, message.message, message.param))
             case Deltas():
-                self.load = message.load
+                self.load, self.unseen = message.load, 0
                 self._deliver(message.unpacked())
 
     def _settle(self, group_id: int, error: Exception | None) -> None:
@@ -167,7 +177,7 @@ class _Connection:
         open_answers, self._answers = set(self._answers.values()), {}
         for answers in open_answers:
             answers.deliver(error)
-        self.load = EngineLoad()
+        self.load, self.unseen = EngineLoad(), 0
 
 
 class SocketEngineClient:
@@ -211,12 +221,19 @@ class SocketEngineClient:
         return next(self._request_ids)
 
     async def submit(self, requests: Sequence[GenerationRequest]) -> SocketAnswers:
-        """Hand a group to an engine, which takes all of it or nothing.
+        """Hand a group to an engine, which takes all of it or nothing; one whose queue is full leaves it to another.
 
         Raises EngineRejectedError with the engine's reason, or EngineUnavailableError if no engine is up.
         """
-        up = [connection for connection in self._connections if connection.up]
-        if not up:
-            raise EngineUnavailableError("no engine is ready to take requests; try again in a moment")
-        connection = up[choose_engine([c.load for c in up])]
-        return await connection.submit(next(self._group_ids), requests)
+        full: EngineRejectedError | None = None
+        asked: list[_Connection] = []
+        while up := [connection for connection in self._connections if connection.up and connection not in asked]:
+            connection = up[choose_engine([c.expected_load for c in up])]
+            try:
+                return await connection.submit(next(self._group_ids), requests)
+            except EngineRejectedError as error:
+                if error.code != "queue_full":
+                    raise
+                full = error
+                asked.append(connection)
+        raise full or EngineUnavailableError("no engine is ready to take requests; try again in a moment")

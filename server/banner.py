@@ -10,7 +10,9 @@ KEY_VARIABLE = ENVIRONMENT_PREFIX + "API_KEY"
 FIRST_PROMPT = "Once upon a time"
 
 
-def start_banner(info: EngineInfo, name: str, version: str, url: str, *, needs_key: bool = False) -> str:
+def start_banner(
+    info: EngineInfo, name: str, version: str, url: str, *, needs_key: bool = False, engines: int = 1
+) -> str:
     """Lines with model, device, capacity and address, and a first request to paste into a shell."""
     pages = f"{info.pages:,} pages of {info.page_size} positions"
     writes = f"{info.block_length} tokens a block" if info.block_length > 1 else "token by token"
@@ -20,6 +22,7 @@ def start_banner(info: EngineInfo, name: str, version: str, url: str, *, needs_k
         ("device", f"{info.device}, {info.dtype}"),
         ("KV cache", f"{info.kv_capacity_tokens:,} tokens in {pages}, {info.kv_bytes / 2**20:,.0f} MiB"),
         ("rows", f"{info.max_rows:,} requests at once"),
+        *([("engines", f"{engines}, each with device, cache and rows of its own")] if engines > 1 else []),
         ("address", url),
     )
     lines = [f"blockserve {version} is ready", ""]

@@ -1,4 +1,4 @@
-"""The command `blockserve`: serve, generate, version."""
+"""The command `blockserve`: serve, generate, bench, version."""
 
 import argparse
 import itertools
@@ -11,6 +11,9 @@ import engine
 from engine.config import ConfigError
 from engine.tokenizer import TokenizerError
 from engine.types import InvalidRequestError, SamplingParams
+from server.bench.command import run_bench
+from server.bench.options import DESCRIPTION as BENCH_DESCRIPTION
+from server.bench.options import add_arguments as add_bench_arguments
 from server.service import serve
 from server.settings import CONFIG_VARIABLE, ENVIRONMENT_PREFIX, GROUPS, ServeSettings, flag_name, load_settings
 from server.version import version_info
@@ -39,9 +42,9 @@ class _Help(argparse.HelpFormatter):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (None: that of this process); returns the exit code."""
     options = build_parser().parse_args(arguments)
-    command = {"serve": run_serve, "generate": run_generate, "version": run_version}[options.command]
+    commands = {"serve": run_serve, "generate": run_generate, "bench": run_bench, "version": run_version}
     try:
-        return command(options)
+        return commands[options.command](options)
     except (ConfigError, TokenizerError) as error:
         return _complain(str(error))
     except InvalidRequestError as error:
@@ -67,6 +70,15 @@ def build_parser() -> argparse.ArgumentParser:
             usage="blockserve generate [OPTION ...] [PROMPT]",
             help="write a text in the terminal, without a server",
             description="Continue a prompt and print the text block by block as it is written.",
+            formatter_class=_Help,
+        )
+    )
+    add_bench_arguments(
+        commands.add_parser(
+            "bench",
+            usage="blockserve bench [OPTION ...]",
+            help="load a server and measure it",
+            description=BENCH_DESCRIPTION,
             formatter_class=_Help,
         )
     )

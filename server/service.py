@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.config import ConfigError, ModelConfig
@@ -19,13 +20,11 @@ from server.control_server import ControlServer
 from server.metrics_registry import MetricStore
 from server.runtime_directory import RuntimeDirectoryError, runtime_directory
 from server.settings import ServeSettings
-from server.sockets import PortError, bind_port, server_url
+from server.sockets import PortError, bind_ports, server_url
 from server.supervisor import EXIT_FAILED, Supervisor, SupervisorOptions
 from server.version import version_info
 
 log = logging.getLogger(__name__)
-
-API_PROCESSES = 1
 
 
 def serve(settings: ServeSettings) -> int:
@@ -34,9 +33,10 @@ def serve(settings: ServeSettings) -> int:
     try:
         model = find_model(settings.model)
         ModelConfig.load(model)
-        with bind_port(settings.host, settings.port) as listener, runtime_directory() as directory:
-            specs = plan_children(settings, model, listener, directory)
-            return asyncio.run(_supervise(settings, specs, listener, directory))
+        ports = bind_ports(settings.host, settings.port, settings.front_ends())
+        with ports as listeners, runtime_directory() as directory:
+            specs = plan_children(settings, model, listeners, directory)
+            return asyncio.run(_supervise(settings, specs, listeners, directory))
     except (ConfigError, PortError, RuntimeDirectoryError) as error:
         log.error("cannot start: %s", error)
         return EXIT_FAILED
@@ -44,28 +44,38 @@ def serve(settings: ServeSettings) -> int:
         return 128 + signal.SIGINT
 
 
-def plan_children(settings: ServeSettings, model: Path, listener: socket.socket, directory: Path) -> list[ChildSpec]:
-    """Write each child's configuration into the runtime directory; returns how to start them, engines first."""
+def plan_children(
+    settings: ServeSettings, model: Path, listeners: Sequence[socket.socket], directory: Path
+) -> list[ChildSpec]:
+    """Write each child's configuration into the runtime directory; returns how to start them, engines first.
+
+    There is an API process for each of `listeners`.
+    """
     control_path = str(control_socket(directory))
-    engine_socket = directory / "engine0.sock"
-    engine_config = directory / "engine0.json"
-    write_process_config(
-        engine_config,
-        EngineProcessConfig(
-            index=0,
-            name=settings.model_names()[0],
-            model=str(model),
-            options=settings.engine_options(),
-            socket_path=str(engine_socket),
-            control_path=control_path,
-            log=settings.log_config(),
-            random_seed=settings.random_weights,
-            step_timeout_s=settings.step_timeout,
-            threads=settings.threads,
-        ),
-    )
-    specs = [ChildSpec("engine", 0, module_command("engine.worker", engine_config), stale_files=(engine_socket,))]
-    for index in range(API_PROCESSES):
+    specs = []
+    engine_sockets = []
+    for index, device in enumerate(settings.engine_devices()):
+        engine_socket = directory / f"engine{index}.sock"
+        engine_config = directory / f"engine{index}.json"
+        write_process_config(
+            engine_config,
+            EngineProcessConfig(
+                index=index,
+                name=settings.model_names()[0],
+                model=str(model),
+                options=settings.engine_options(device),
+                socket_path=str(engine_socket),
+                control_path=control_path,
+                log=settings.log_config(),
+                random_seed=settings.random_weights,
+                step_timeout_s=settings.step_timeout,
+                threads=settings.engine_threads(),
+            ),
+        )
+        engine_sockets.append(str(engine_socket))
+        command = module_command("engine.worker", engine_config)
+        specs.append(ChildSpec("engine", index, command, stale_files=(engine_socket,)))
+    for index, listener in enumerate(listeners):
         api_config = directory / f"api{index}.json"
         write_process_config(
             api_config,
@@ -73,7 +83,7 @@ def plan_children(settings: ServeSettings, model: Path, listener: socket.socket,
                 index=index,
                 model=str(model),
                 listen_fd=listener.fileno(),
-                engine_sockets=[str(engine_socket)],
+                engine_sockets=engine_sockets,
                 control_path=control_path,
                 settings=settings.model_dump_json(),
                 log=settings.log_config(),
@@ -89,21 +99,34 @@ def control_socket(directory: Path) -> Path:
     return directory / "control.sock"
 
 
-async def _supervise(settings: ServeSettings, specs: list[ChildSpec], listener: socket.socket, directory: Path) -> int:
-    url = server_url(listener)
+async def _supervise(
+    settings: ServeSettings, specs: list[ChildSpec], listeners: Sequence[socket.socket], directory: Path
+) -> int:
+    url = server_url(listeners[0])
     name = settings.model_names()[0]
 
     def announce(info: EngineInfo) -> None:
         log.info("serving %s", name, extra={"url": url, "device": info.device, "dtype": info.dtype})
         if settings.log_format == "plain":
             needs_key = bool(settings.api_keys())
-            banner = start_banner(info, name, version_info().version, url, needs_key=needs_key)
+            engines = len(settings.engine_devices())
+            banner = start_banner(info, name, version_info().version, url, needs_key=needs_key, engines=engines)
             sys.stdout.write("\n" + banner + "\n")
             sys.stdout.flush()
 
+    def close_listeners() -> None:
+        for listener in listeners:
+            listener.close()
+
     options = SupervisorOptions(drain_timeout_s=settings.drain_timeout, step_timeout_s=settings.step_timeout)
     # Closed with the last process that accepts connections: clients are refused at once then, not left to wait.
-    supervisor = Supervisor(specs, options, MetricStore(), announce, on_front_end_stopped=listener.close)
+    supervisor = Supervisor(
+        specs,
+        options,
+        MetricStore(),
+        announce,
+        on_front_end_stopped=close_listeners,
+    )
     keys = len(settings.api_keys())
     log.info("starting", extra={"model": name, "url": url, "pid": os.getpid(), "api_keys": keys})
     async with ControlServer(control_socket(directory), supervisor):

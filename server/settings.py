@@ -4,11 +4,12 @@ A flag wins over the environment, the environment over the file, the file over t
 of `blockserve serve` from the fields below, so a setting is declared in one place.
 """
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -20,6 +21,7 @@ from pydantic import (
     ValidationError,
     field_serializer,
     field_validator,
+    model_validator,
 )
 
 from engine.config import ConfigError, DType
@@ -87,6 +89,10 @@ class ServeSettings(BaseModel):
     host: str = _setting("127.0.0.1", "Network", "ADDRESS", "address to listen on; 0.0.0.0 for every interface")
     port: Port = _setting(8000, "Network", "PORT", "port to listen on; 0 for any that is free")
 
+    api_processes: Annotated[int, Field(ge=1, le=64)] | None = _setting(
+        None, "Network", "N", "processes of the front end, behind one port", shown="auto: one for four cores, 8 at most"
+    )
+
     api_key: tuple[SecretStr, ...] = _setting(
         (),
         "Network",
@@ -103,6 +109,13 @@ class ServeSettings(BaseModel):
 
     device: Annotated[str | None, BeforeValidator(_auto_is_none)] = _setting(
         None, "Engine", "DEVICE", "auto, cpu, cuda or cuda:N", shown="auto: CUDA where there is a device"
+    )
+    devices: tuple[str, ...] = _setting(
+        (),
+        "Engine",
+        "DEVICE",
+        "devices with an engine process each, like 0 1 (CUDA devices) or cpu cpu; instead of --device",
+        shown="off: one engine",
     )
     dtype: AutoDType = _setting(
         None,
@@ -185,10 +198,10 @@ class ServeSettings(BaseModel):
     log_level: LogLevel = _setting("info", "Logging", "LEVEL", "debug, info, warning or error")
     log_format: LogFormat = _setting("plain", "Logging", "FORMAT", "plain, or json for one object a line")
 
-    @field_validator("served_model_name", "api_key", mode="before")
+    @field_validator("served_model_name", "api_key", "devices", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        """The environment has no lists: names, and keys, are separated by commas there."""
+        """The environment has no lists: names, keys and devices are separated by commas there."""
         if isinstance(value, str):
             value = value.split(",")
         return [name.strip() if isinstance(name, str) else name for name in value] if isinstance(value, list) else value
@@ -229,10 +242,34 @@ class ServeSettings(BaseModel):
             raise ValueError(f'"{value}" is none of auto, cpu, cuda, cuda:N')
         return value
 
-    def engine_options(self) -> EngineOptions:
-        """What the engine process is told."""
+    @field_validator("devices", mode="after")
+    @classmethod
+    def _known_devices(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        # A flag takes several values, and 0,1 as one of them.
+        names = [part.strip() for name in value for part in name.split(",")]
+        devices = tuple(f"cuda:{name}" if re.fullmatch(r"\d{1,4}", name) else name for name in names)
+        for device in devices:
+            if not re.fullmatch(r"cpu|cuda:\d{1,4}", device):
+                raise ValueError(f'"{device}" is none of cpu, cuda:N, N')
+            if device != "cpu" and devices.count(device) > 1:
+                raise ValueError(f"{device} is given twice: two engines cannot share the memory of a GPU")
+        return devices
+
+    @model_validator(mode="after")
+    def _one_way_to_name_devices(self) -> Self:
+        if self.devices and self.device is not None:
+            raise ValueError("device and devices: give one of them")
+        return self
+
+    def engine_devices(self) -> tuple[str | None, ...]:
+        """The device of each engine process; None is the engine's choice."""
+        return self.devices or (self.device,)
+
+    def engine_options(self, device: str | None = None) -> EngineOptions:
+        """What an engine process is told; `device` is its own where there are several."""
+        engines = self.engine_devices()
         return EngineOptions(
-            device=self.device,
+            device=device or self.device,
             dtype=self.dtype,
             max_rows=self.max_rows,
             max_waiting=self.max_waiting,
@@ -240,10 +277,22 @@ class ServeSettings(BaseModel):
             max_step_positions=self.max_step_positions,
             prefer=self.prefer,
             kv_bytes=None if self.kv_bytes is None else int(self.kv_bytes),
-            memory_fraction=self.memory_fraction,
+            # All engines on the CPU take their memory from one pool.
+            memory_fraction=self.memory_fraction / (engines.count("cpu") if device == "cpu" else 1),
             prefix_cache=self.prefix_cache,
             overlapped=False if self.sync else None,
         )
+
+    def engine_threads(self) -> int | None:
+        """CPU threads of each engine process; None leaves it to the only one there is."""
+        engines = len(self.engine_devices())
+        if self.threads is not None or engines == 1:
+            return self.threads
+        return max(1, (len(os.sched_getaffinity(0)) - 1) // engines)
+
+    def front_ends(self) -> int:
+        """How many API processes there are."""
+        return self.api_processes or min(8, max(1, len(os.sched_getaffinity(0)) // 4))
 
     def model_names(self) -> tuple[str, ...]:
         """The names clients may use for the model; the first is the one that responses default to."""

@@ -1,9 +1,14 @@
-"""The port that clients connect to: bound once, by the supervisor, and inherited by the API processes."""
+"""The port that clients connect to: bound by the supervisor, and inherited by the API processes.
+
+Each API process has a listening socket of its own on the one port, among which the kernel spreads connections. With one
+socket for all, whoever wakes up first would take all connections of a burst, and the others none.
+"""
 
 import contextlib
 import errno
 import os
 import socket
+from collections.abc import Iterator
 
 
 class PortError(Exception):
@@ -28,6 +33,33 @@ def bind_port(host: str, port: int) -> socket.socket:
             raise PortError(_explain(error, host, port)) from None
         cleanup.pop_all()
     return listener
+
+
+@contextlib.contextmanager
+def bind_ports(host: str, port: int, number: int) -> Iterator[list[socket.socket]]:
+    """So many listening sockets on one port, closed afterwards. A backlog outlives the process that it is for: what
+    connects while one restarts is answered by the next. Raises PortError.
+    """
+    with contextlib.ExitStack() as stack:
+        # The first bind is without SO_REUSEPORT: with it, a second server on the port would be no error.
+        first = stack.enter_context(bind_port(host, port))
+        if number == 1:
+            yield [first]
+            return
+        address = first.getsockname()
+        first.close()
+        listeners = []
+        for _ in range(number):
+            listener = stack.enter_context(socket.socket(first.family, socket.SOCK_STREAM))
+            listeners.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            try:
+                listener.bind(address)
+                listener.listen(socket.SOMAXCONN)
+            except OSError as error:
+                raise PortError(_explain(error, host, address[1])) from None
+        yield listeners
 
 
 def server_url(listener: socket.socket) -> str:

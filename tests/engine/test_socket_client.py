@@ -280,3 +280,40 @@ async def test_the_load_is_what_all_engines_said_last(tmp_path: Path) -> None:
         for engine in engines:
             await engine.close()
         await client.close()
+
+
+async def test_a_burst_is_spread_and_a_full_engine_leaves_its_requests_to_another(tmp_path: Path) -> None:
+    client = SocketEngineClient([tmp_path / "engine.sock", tmp_path / "engine1.sock"])
+    client.start()
+    engines = [ScriptedEngine(tmp_path / "engine.sock"), ScriptedEngine(tmp_path / "engine1.sock")]
+    try:
+        for engine in engines:
+            peer_id, _ = await engine.next(Connected)
+            engine.listener.send(peer_id, Deltas(deltas=[], load=EngineLoad(pages_used=1)))
+        async with asyncio.timeout(5):
+            while client.load.pages_used < 2:
+                await asyncio.sleep(0.001)
+        burst = [asyncio.create_task(client.submit(requests(client))) for _ in range(4)]
+        await asyncio.sleep(0)
+        for engine in engines:
+            await accept(engine)
+            await accept(engine)
+        await asyncio.gather(*burst)
+        last = asyncio.create_task(client.submit(requests(client)))
+        peer_id, submit = await engines[0].next(Submit)
+        assert isinstance(submit, Submit)
+        engines[0].listener.send(peer_id, Rejected(group_id=submit.group_id, code="queue_full", message="full"))
+        _, again = await accept(engines[1])
+        assert again.requests == submit.requests
+        await last
+        refused = asyncio.create_task(client.submit(requests(client)))
+        for engine in (engines[0], engines[1]):
+            peer_id, submit = await engine.next(Submit)
+            assert isinstance(submit, Submit)
+            engine.listener.send(peer_id, Rejected(group_id=submit.group_id, code="queue_full", message="full"))
+        with pytest.raises(EngineRejectedError, match="full"):
+            await refused
+    finally:
+        for engine in engines:
+            await engine.close()
+        await client.close()

@@ -18,6 +18,11 @@ def test_it_names_model_device_capacity_rows_and_address() -> None:
         assert part in text
 
 
+def test_it_says_how_many_engines_there_are_if_several() -> None:
+    assert "engines   2, each" in start_banner(INFO, "stories", "1.2.3", URL, engines=2)
+    assert "engines" not in start_banner(INFO, "stories", "1.2.3", URL)
+
+
 def test_its_first_request_can_be_pasted() -> None:
     text = start_banner(INFO, "stories", "1.2.3", URL)
     command = shlex.split(text[text.index("curl") :].replace("\\\n", " "))

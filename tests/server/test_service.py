@@ -45,7 +45,7 @@ def test_children_are_told_where_everything_is_and_what_was_set(tmp_path: Path) 
         max_rows=8, device="cpu", random_weights=7, threads=2, log_format="json", port=0, step_timeout=7.5
     )
     with bind_port("127.0.0.1", 0) as listener:
-        engine, api = plan_children(settings, MODEL, listener, tmp_path)
+        engine, api = plan_children(settings, MODEL, [listener], tmp_path)
         assert api.pass_fds == (listener.fileno(),)
     told = read_process_config(Path(engine.command[-1]), EngineProcessConfig)
     assert (engine.role, engine.index, told.index) == ("engine", 0, 0)

@@ -37,6 +37,7 @@ def test_every_setting_can_come_from_the_environment(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("k3\n", encoding="utf-8")
     texts = {
         "model": "dir", "served_model_name": "a, b", "random_weights": "3", "host": "::1", "port": "0",
+        "api_processes": "2",
         "device": "cuda:1",
         "dtype": "bfloat16", "threads": "2", "max_rows": "4", "max_waiting": "5", "page_size": "8",
         "max_step_positions": "99", "prefer": "latency", "kv_bytes": "1GiB", "memory_fraction": "0.5",
@@ -46,9 +47,11 @@ def test_every_setting_can_come_from_the_environment(tmp_path: Path) -> None:
         "prefix_cache": "false",
         "api_key_file": str(tmp_path / "keys"), "metrics_without_key": "true",
     }  # fmt: skip
-    assert set(texts) == set(ServeSettings.model_fields)
+    # Excludes `device`.
+    assert set(texts) == set(ServeSettings.model_fields) - {"devices"}
+    assert load_settings({}, {"BLOCKSERVE_DEVICES": "0, 1"}).devices == ("cuda:0", "cuda:1")
     settings = load_settings({}, {f"BLOCKSERVE_{name.upper()}": text for name, text in texts.items()})
-    unchanged = [name for name, value in settings if value == getattr(ServeSettings(), name)]
+    unchanged = [name for name, value in settings if name in texts and value == getattr(ServeSettings(), name)]
     assert unchanged == []
     assert settings.served_model_name == ("a", "b")
     assert settings.api_keys() == ("k1", "k2", "k3")
@@ -157,3 +160,37 @@ def test_a_bad_key_is_not_quoted(value: object) -> None:
 def test_a_file_of_keys_that_nobody_read_opens_nothing() -> None:
     with pytest.raises(AssertionError, match="not read"):
         ServeSettings(api_key_file="keys").api_keys()
+
+
+def test_api_processes_follow_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, processes in ((1, 1), (7, 1), (8, 2), (16, 4), (128, 8)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert ServeSettings().front_ends() == processes
+        assert ServeSettings(api_processes=3).front_ends() == 3
+
+
+@pytest.mark.parametrize("given", ["0,1", "cuda:0, 1", ["0", "1"], ["0,1"]])
+def test_devices_are_named_by_number_or_in_full(given: object) -> None:
+    assert ServeSettings.model_validate({"devices": given}).engine_devices() == ("cuda:0", "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"devices": "0,cuda:0"}, "cuda:0 is given twice"),
+        ({"devices": "cpu,tpu"}, "none of cpu, cuda:N, N"),
+        ({"devices": "0,"}, "none of cpu, cuda:N, N"),
+        ({"devices": "0", "device": "cpu"}, "give one of them"),
+    ],
+)
+def test_devices_that_do_not_fit(values: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_settings(dict(values), {})
+
+
+def test_engines_on_the_cpu_share_memory_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(9)))
+    two = ServeSettings.model_validate({"devices": "cpu,cpu"})
+    assert two.engine_options("cpu").memory_fraction == ServeSettings().memory_fraction / 2
+    assert (two.engine_threads(), ServeSettings().engine_threads()) == (4, None)
+    assert ServeSettings.model_validate({"devices": "0,1"}).engine_options("cuda:1").memory_fraction == 0.9

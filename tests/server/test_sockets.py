@@ -1,11 +1,12 @@
 """Binding the port."""
 
+import contextlib
 import os
 import socket
 
 import pytest
 
-from server.sockets import PortError, bind_port, server_url
+from server.sockets import PortError, bind_port, bind_ports, server_url
 
 
 def test_a_bound_port_takes_connections_and_has_a_url() -> None:
@@ -55,3 +56,31 @@ def test_an_ipv6_address_is_bracketed() -> None:
         pytest.skip("no IPv6 loopback here")
     with listener:
         assert server_url(listener) == f"http://[::1]:{listener.getsockname()[1]}"
+
+
+def test_connections_to_one_port_are_spread_over_its_sockets() -> None:
+    with bind_ports("127.0.0.1", 0, 3) as listeners:
+        assert len({listener.getsockname() for listener in listeners}) == 1
+        clients = [socket.create_connection(listeners[0].getsockname(), timeout=5) for _ in range(60)]
+        taken = []
+        for listener in listeners:
+            listener.setblocking(False)
+            taken.append(0)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    listener.accept()[0].close()
+                    taken[-1] += 1
+        for client in clients:
+            client.close()
+    assert sum(taken) == 60
+    assert all(taken)
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1), (2, 2)])
+def test_a_port_with_several_sockets_is_still_one_servers(first: int, second: int) -> None:
+    with bind_ports("127.0.0.1", 0, first) as listeners:
+        port = listeners[0].getsockname()[1]
+        with pytest.raises(PortError, match="in use"), bind_ports("127.0.0.1", port, second):
+            pass
+    with bind_ports("127.0.0.1", port, second) as listeners:
+        assert len(listeners) == second

@@ -75,12 +75,13 @@ def spawn(arguments: list[str], log: Path, environment: Mapping[str, str] | None
 
 @contextmanager
 def start_server(
-    tmp_path: Path, *arguments: str, environment: Mapping[str, str] | None = None
+    tmp_path: Path, *arguments: str, environment: Mapping[str, str] | None = None, device: str | None = "cpu"
 ) -> Iterator[ServerProcess]:
-    """A server that is ready; terminated afterwards, killed if it does not go."""
+    """A server that is ready, on `device` unless that is None; terminated afterwards, killed if it does not go."""
     port = free_port()
     log = tmp_path / f"server-{port}.log"
-    process = spawn(["--port", str(port), "--device", "cpu", "--threads", "1", *arguments], log, environment)
+    on_device = [] if device is None else ["--device", device]
+    process = spawn(["--port", str(port), *on_device, "--threads", "1", *arguments], log, environment)
     server = ServerProcess(f"http://127.0.0.1:{port}", process, log)
     try:
         wait_until(lambda: _ready(server), START_SECONDS, "readiness")

@@ -50,7 +50,9 @@ def test_children_are_told_where_everything_is_and_what_was_set(tmp_path: Path) 
     told = read_process_config(Path(engine.command[-1]), EngineProcessConfig)
     assert (engine.role, engine.index, told.index) == ("engine", 0, 0)
     assert told.model == str(MODEL)
-    assert told.options == EngineOptions(device="cpu", max_rows=8, max_waiting=2048, page_size=16, memory_fraction=0.9)
+    assert told.options == EngineOptions(
+        device="cpu", max_rows=8, max_waiting=2048, page_size=16, memory_fraction=0.9, prefix_cache=True
+    )
     assert (told.random_seed, told.threads, told.log.format, told.step_timeout_s) == (7, 2, "json", 7.5)
     assert engine.stale_files == (Path(told.socket_path),)
     front = read_process_config(Path(api.command[-1]), ApiProcessConfig)

@@ -13,7 +13,6 @@ from kernels.dispatch import Kernels, select_kernels
 from kernels.prefill_attention import Tiling
 
 
-
 @dataclass(frozen=True)
 class Setting:
     """Values for constants of the operation's module, and another implementation of it, if any."""

@@ -170,7 +170,9 @@ class EngineCore:
         self.step_underway = plan
         result = step.wait()
         now = self._clock()
-        deltas = self._scheduler.commit(plan, result.tokens, result.finite, now, failed=result.failed)
+        deltas = self._scheduler.commit(
+            plan, result.tokens, result.finite, now, failed=result.failed, logprobs=result.logprobs
+        )
         return StepReport(deltas, len(plan.decode), now - started)
 
     def check_integrity(self) -> None:
@@ -201,6 +203,7 @@ def _runner(config: EngineConfig, model: Model, kernels: Kernels, cache: KVCache
         block_length=model.config.block_length,
         eos_token_id=model.config.eos_token_id,
         max_suppressed=MAX_STOP_TOKEN_IDS + 1,
+        vocab_size=model.config.vocab_size,
         staging=staging,
     )
     decode = DecodeStep(model, kernels, cache, tables, config.max_rows)

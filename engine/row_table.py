@@ -13,6 +13,7 @@ FIRST_BLOCKS = 64
 """Blocks a row has room for at first; doubled whenever a sequence comes that may have more."""
 
 Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
 
@@ -48,6 +49,10 @@ class RowTable:
         """Who gives back the row once no step in flight includes it."""
         self.has_stops: Flags = np.zeros(max_rows, bool)
         """Who may end at other tokens than end-of-text."""
+        self.wants_logprobs: Flags = np.zeros(max_rows, bool)
+        """Who is told the logprobs of its tokens."""
+        self.adjusted: Flags = np.zeros(max_rows, bool)
+        """Whose steps have to be adjusted ones: for bias, penalties or logprobs."""
 
     def place(
         self,
@@ -59,6 +64,8 @@ class RowTable:
         generated: int,
         max_tokens: int,
         has_stops: bool,
+        wants_logprobs: bool = False,
+        adjusted: bool = False,
     ) -> None:
         """Give the row to a sequence whose blocks [N, L] are known. It has neither pages nor positions yet."""
         if end_position >= self.blocks.shape[1]:
@@ -73,6 +80,8 @@ class RowTable:
         self.decoding[row] = self.leaving[row] = False
         self.open[row] = True
         self.has_stops[row] = has_stops
+        self.wants_logprobs[row] = wants_logprobs
+        self.adjusted[row] = adjusted
 
     def clear(self, row: int) -> None:
         """Nobody holds the row any more."""

@@ -11,6 +11,7 @@ from collections.abc import Collection, Hashable
 from collections.abc import Sequence as Seq
 from operator import attrgetter
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,7 +21,7 @@ from engine.finish import cut_answer
 from engine.page_pool import PagePool
 from engine.row_table import Flags, Int32, RowTable
 from engine.sequence import Sequence, SequenceState
-from engine.step_plan import PrefillChunk, StepPlan
+from engine.step_plan import BlockLogprobs, PrefillChunk, StepPlan
 from engine.types import Delta, InvalidRequestError, Timing
 from engine.waiting_queue import WaitingQueue
 
@@ -143,6 +144,7 @@ class Scheduler:
         while budget and (admitted := self._admit(plan, now)) is not None:
             budget -= self._plan_prompt(plan, admitted, budget, first_decodes)
         self._decode(plan, np.array(first_decodes, np.int32))
+        plan.adjusted = bool(self._rows.adjusted[plan.rows].any())
         if not plan.decode and not plan.prefill:
             return None
         self._planned += 1
@@ -156,13 +158,14 @@ class Scheduler:
         finite: Seq[bool] | Flags,
         now: float,
         failed: Collection[Sequence] = (),
+        logprobs: BlockLogprobs | None = None,
     ) -> StepDeltas:
         """Take the result of the oldest step in flight: what it added to each sequence that was not finished.
 
         `tokens` [rows, L] and `finite` [rows] go with `plan.decode`: a whole block, forced tokens included, and whether
-        its logits were finite. The device had no memory for what `failed` names, sequences of the plan: they end here,
-        and their tokens are not looked at. Raises ValueError for another plan or other lengths, before anything is
-        changed.
+        its logits were finite; so do the `logprobs` of an adjusted step. The device had no memory for what `failed`
+        names, sequences of the plan: they end here, and their tokens are not looked at. Raises ValueError for another
+        plan or other lengths, before anything is changed.
         """
         if not self._steps or self._steps[0] is not plan:
             raise ValueError("steps have to be committed once each, in the order they were scheduled")
@@ -181,7 +184,13 @@ class Scheduler:
         whole = self._takes_whole(plan.rows, blocks, good)
         for place in np.flatnonzero(~whole & self._rows.open[plan.rows]):
             sequence = plan.decode[place]
-            others.append((sequence, self._commit_block(sequence, blocks[place], bool(good[place]), now)))
+            skipped = len(sequence.forced)
+            delta = self._commit_block(sequence, blocks[place], bool(good[place]), now)
+            top = sequence.request.params.logprobs
+            if logprobs is not None and top is not None:
+                told = logprobs.of_row(place, skipped, skipped + len(delta.token_ids), top)
+                delta = msgspec.structs.replace(delta, logprobs=told)
+            others.append((sequence, delta))
         rows, blocks = plan.rows[whole], blocks[whole]
         self._append(rows, blocks)
         deltas = StepDeltas(self._rows.sequences[rows].tolist(), blocks, others)
@@ -354,7 +363,8 @@ class Scheduler:
         table = self._rows
         generated = table.generated[rows]
         goes_on: Flags = finite & (generated > 0) & (generated + self._block_length < table.max_tokens[rows])
-        no_end: NDArray[np.bool_] = ~table.has_stops[rows] & (blocks != self._eos_token_id).all(axis=1)
+        plain = ~(table.has_stops[rows] | table.wants_logprobs[rows])
+        no_end: NDArray[np.bool_] = plain & (blocks != self._eos_token_id).all(axis=1)
         return goes_on & no_end & table.open[rows]
 
     def _append(self, rows: Int32, blocks: Int32) -> None:

@@ -1,11 +1,13 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.adjust import AdjustmentTables
 from kernels.dispatch import Implementation, Kernels, select_kernels
+from kernels.logprobs import Logprobs
 from kernels.sampler import SamplingTables
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -52,12 +54,14 @@ class _Moved:
                 back = there.cpu()
                 if not torch.equal(argument.nan_to_num(), back.nan_to_num()):
                     argument.copy_(back)
+        if isinstance(result, Logprobs):
+            return Logprobs(*(part.cpu() for part in result))
         return tuple(part.cpu() for part in result) if isinstance(result, tuple) else result.cpu()
 
 
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, SamplingTables):
-        return SamplingTables(**{name: table.to(device) for name, table in vars(value).items()})
+    if isinstance(value, SamplingTables | AdjustmentTables):
+        return replace(value, **{name: table.to(device) for name, table in vars(value).items()})
     return value

@@ -9,8 +9,9 @@ import msgspec
 
 from engine.metrics import MetricsRecorder
 from engine.text_stream import TextStream
-from engine.types import SEED_RANGE, Delta, GenerationRequest, SamplingParams
+from engine.types import SEED_RANGE, Delta, GenerationRequest, SamplingParams, TokenLogprobs
 from server.answer_metrics import AnswerMetrics, PromptTally
+from server.logprobs import LogprobsWriter
 
 
 class Piece(NamedTuple):
@@ -20,6 +21,8 @@ class Piece(NamedTuple):
     token_ids: tuple[int, ...] = ()
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: int | str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the tokens, if they were asked for."""
 
 
 class PreparedPrompt(NamedTuple):
@@ -39,6 +42,8 @@ class Choice:
     request: GenerationRequest
     stream: TextStream
     metrics: AnswerMetrics
+    logprobs: LogprobsWriter | None = None
+    """Where logprobs were asked for."""
     echo: str = ""
     """The prompt's text where it is to come with the first piece, which takes it from here."""
     pieces: list[Piece] = field(default_factory=list)
@@ -67,6 +72,8 @@ class Choice:
                 piece = Piece(text, token_ids, part.finish_reason, part.stop_reason)
             else:
                 piece = Piece(text, token_ids)
+            if part.logprobs:
+                piece = piece._replace(logprobs=part.logprobs[: update.tokens])
             pieces.append(piece)
             if piece.finish_reason is not None:
                 self.finish_reason = piece.finish_reason
@@ -84,6 +91,7 @@ def make_choices(
     *,
     priority: int,
     new_stream: Callable[[SamplingParams], TextStream],
+    new_logprobs: Callable[[], LogprobsWriter | None],
     recorder: MetricsRecorder,
     next_request_id: Callable[[], int],
     arrival: float,
@@ -105,12 +113,12 @@ def make_choices(
                 priority=priority,
             )
             metrics = AnswerMetrics(recorder, tally, arrival)
-            choices.append(Choice(len(choices), request, new_stream(params), metrics, echo))
+            choices.append(Choice(len(choices), request, new_stream(params), metrics, new_logprobs(), echo))
     return choices
 
 
 def _split(delta: Delta) -> Iterator[Delta]:
     """The delta as one delta a token, of which only the last has the end."""
-    for token in delta.token_ids[:-1]:
-        yield Delta(request_id=delta.request_id, token_ids=(token,))
-    yield msgspec.structs.replace(delta, token_ids=delta.token_ids[-1:])
+    for place, token in enumerate(delta.token_ids[:-1]):
+        yield Delta(request_id=delta.request_id, token_ids=(token,), logprobs=delta.logprobs[place : place + 1])
+    yield msgspec.structs.replace(delta, token_ids=delta.token_ids[-1:], logprobs=delta.logprobs[-1:])

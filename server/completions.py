@@ -19,6 +19,7 @@ from server.disconnect import ClientGoneError, noticing, unless_disconnected
 from server.echo import EchoAnswers
 from server.errors import as_api_error, draining, generation_failed, internal, unavailable
 from server.json_body import parse_json_object, read_body
+from server.logprobs import LogprobsWriter
 from server.model_names import served_model
 from server.prompts import prepare_prompts
 from server.protocol import ChoiceBody, CompletionBody, CompletionRequest, Usage, parse_completion_request
@@ -85,6 +86,7 @@ class CompletionResponse(Response):
             self._completion.n,
             priority=self._completion.priority,
             new_stream=self._new_text_stream,
+            new_logprobs=self._new_logprobs_writer,
             recorder=self._state.metrics,
             next_request_id=self._state.engine.next_request_id,
             arrival=self._arrival,
@@ -112,6 +114,11 @@ class CompletionResponse(Response):
             include_stop=self._completion.include_stop_str_in_output,
         )
 
+    def _new_logprobs_writer(self) -> LogprobsWriter | None:
+        if self._completion.logprobs is None:
+            return None
+        return LogprobsWriter(self._state.tokenizer, skip_special_tokens=self._completion.skip_special_tokens)
+
     async def _submit(self) -> Answers:
         requests = [choice.request for choice in self._choices]
         if self._completion.echo_only:
@@ -134,7 +141,9 @@ class CompletionResponse(Response):
         for choice in self._choices:
             text, last = "".join(piece.text for piece in choice.pieces), choice.pieces[-1]
             token_ids = tuple(token for piece in choice.pieces for token in piece.token_ids)
-            bodies.append(self._choice_body(choice, last._replace(text=text, token_ids=token_ids)))
+            logprobs = tuple(one for piece in choice.pieces for one in piece.logprobs)
+            joined = last._replace(text=text, token_ids=token_ids, logprobs=logprobs)
+            bodies.append(self._choice_body(choice, joined))
         body = self._body(bodies, self._usage(self._generated_tokens))
         await Response(body, media_type="application/json")(scope, receive, send)
 
@@ -209,10 +218,10 @@ class CompletionResponse(Response):
         chunks = []
         for choice, pieces in step:
             for piece in pieces:
-                # Tokens may have no text yet, or none at all. They count all the same, and with ids they are told.
+                # Tokens may have no text yet, or none at all. They count all the same, and some are told.
                 self._streamed_tokens += len(piece.token_ids)
-                ids = self._completion.return_token_ids and piece.token_ids
-                if each_token or ids or piece.text or piece.finish_reason is not None:
+                told = piece.logprobs or (self._completion.return_token_ids and piece.token_ids)
+                if each_token or told or piece.text or piece.finish_reason is not None:
                     chunks.append(self._chunk(choice, piece))
         return b"".join(chunks)
 
@@ -228,6 +237,8 @@ class CompletionResponse(Response):
         body = ChoiceBody(
             index=choice.index, text=piece.text, finish_reason=piece.finish_reason, stop_reason=piece.stop_reason
         )
+        if choice.logprobs is not None:
+            body = msgspec.structs.replace(body, logprobs=choice.logprobs.write(piece.token_ids, piece.logprobs))
         if not self._completion.return_token_ids:
             return body
         body = msgspec.structs.replace(body, token_ids=piece.token_ids)

@@ -10,7 +10,7 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 
-from engine.types import InvalidRequestError
+from engine.types import MAX_LOGIT_BIAS, InvalidRequestError
 from engine.validation import PRIORITY_LIMIT
 from server.errors import ApiError, invalid
 
@@ -20,12 +20,7 @@ MAX_STOP_CHARACTERS = 1024
 """Every answer of a request prepares its own search for each stop string."""
 
 UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
-    "logprobs": (),
     "prompt_logprobs": (),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
 }
 """Fields of the API that are not supported yet, with the values besides null that ask for nothing."""
 
@@ -40,6 +35,13 @@ PROMPT_SCHEMA = {
             "minItems": 1,
         },
     ]
+}
+
+LOGIT_BIAS_SCHEMA = {
+    "type": "object",
+    "propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "maxProperties": MAX_LOGIT_BIAS,
 }
 
 
@@ -80,6 +82,11 @@ class CompletionRequest(StrictModel):
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Annotated[dict[str, Any], WithJsonSchema(LOGIT_BIAS_SCHEMA)] = {}
+    logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     add_special_tokens: bool = True
@@ -121,6 +128,8 @@ def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
         raise invalid("stream_options", "stream_options goes with stream: true only")
     if request.best_of is not None and request.best_of != request.n:
         raise invalid("best_of", f"best_of has to equal n, which is {show(request.n)}: answers are not ranked")
+    if request.echo and request.logprobs is not None:
+        raise invalid("logprobs", "logprobs with echo is not supported by this server yet", "unsupported_parameter")
     if request.suffix:
         raise invalid("suffix", "suffix has to be empty: this model does not insert text", "unsupported_parameter")
     return request
@@ -205,6 +214,17 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
 
 
+class LogprobsBody(msgspec.Struct, frozen=True, kw_only=True):
+    """An entry a token. The first token of a text has null instead of numbers: nothing predicts it."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    """As many of the likeliest as were asked for, best first, and the token itself."""
+    text_offset: list[int]
+    """Where in the answer's text the token begins, in characters."""
+
+
 class ChoiceBody(msgspec.Struct, frozen=True, kw_only=True):
     """One answer, or what a chunk adds to it."""
 
@@ -213,7 +233,7 @@ class ChoiceBody(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None
-    logprobs: None = None
+    logprobs: LogprobsBody | None = None
     token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
     """Of the answer, or of what the chunk adds to it; left out unless the client asked for them."""
     prompt_token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET

@@ -15,7 +15,7 @@ from engine.client import EngineUnavailableError
 from engine.messages import MetricsIncrement, ServiceState
 from engine.metrics import MetricsRecorder
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, Timing
+from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, Timing, TokenLogprobs
 from server.app import create_app
 from server.app_state import AppState
 from server.settings import ServeSettings
@@ -52,6 +52,19 @@ def tokenizer(*, adds_special_tokens: bool = False) -> Tokenizer:
     return Tokenizer(model, END_OF_TEXT)
 
 
+def told(request: GenerationRequest, token_ids: Sequence[int]) -> tuple[TokenLogprobs, ...]:
+    """Logprobs that depend on the token alone: it is the likeliest, then come those behind it by ids."""
+    top = request.params.logprobs
+    if top is None:
+        return ()
+    return tuple(logprobs_of(token, top) for token in token_ids)
+
+
+def logprobs_of(token: int, top: int) -> TokenLogprobs:
+    ids = tuple((token + place) % INFO.vocab_size for place in range(top))
+    return TokenLogprobs(-token / 128, ids, tuple(-token / 128 - place for place in range(top)))
+
+
 def reply_deltas(request: GenerationRequest, text: str = REPLY) -> list[Delta]:
     """What an engine would deliver if the model always said `text` and ended there: blocks of four tokens."""
     tokens = [*tokenizer().encode(text), EOS]
@@ -64,6 +77,7 @@ def reply_deltas(request: GenerationRequest, text: str = REPLY) -> list[Delta]:
             Delta(
                 request_id=request.request_id,
                 token_ids=tuple(tokens[start : start + 4]),
+                logprobs=told(request, tokens[start : start + 4]),
                 finish_reason=("stop" if ended else "length") if last else None,
                 timing=None if start else TIMING,
             )

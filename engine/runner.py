@@ -22,7 +22,7 @@ from engine.graphs import DecodeGraphs
 from engine.kv_cache import NULL_PAGE, KVCache
 from engine.model.block_decoder import PrefillBatch
 from engine.model.model import Model
-from engine.out_of_memory import is_out_of_memory
+from engine.out_of_memory import attempt
 from engine.row_table import Flags, Int32
 from engine.sequence import Sequence
 from engine.staging import Staging
@@ -156,15 +156,7 @@ class Runner:
 
     def _attempt(self, work: Callable[[], T]) -> T | None:
         """Do it; None where memory ran out. Work that can be attempted changes nothing that a second run would miss."""
-        try:
-            return work()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        # Only here, where the traceback is gone and with it what the attempt has allocated.
-        if self._tables.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
+        return attempt(work, self._tables.device)
 
     def _prefill(self, chunks: Seq[PrefillChunk], step: StepInFlight) -> None:
         """Run the chunks at once, or, where memory does not suffice for that, each by itself."""

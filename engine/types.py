@@ -109,6 +109,20 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         return unpack_tokens(self.prompt)
 
 
+class ScoreRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A text whose tokens' logprobs are asked for: of all but the first, which nothing predicts.
+
+    The answer is one delta without tokens, whose `logprobs` are those, or an error. `request_id` is as a
+    GenerationRequest's, and other than any of those.
+    """
+
+    request_id: int
+    text: bytes
+    """Token ids, packed by `pack_tokens`."""
+    top: int = 0
+    """How many of the likeliest tokens are told with each, 0 to MAX_LOGPROBS."""
+
+
 class Timing(msgspec.Struct, frozen=True):
     """Where the time before a request's first tokens went, in seconds."""
 
@@ -140,7 +154,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     timing: Timing | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """One for each of `token_ids` where the request asked for them."""
+    """One for each of `token_ids` where the request asked for them; or those of a ScoreRequest."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):

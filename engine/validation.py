@@ -34,6 +34,15 @@ def unpack_prompt(packed: bytes) -> NDArray[np.int32]:
     return np.frombuffer(packed, np.int32)
 
 
+def validate_score(token_ids: Tokens, top: int, *, vocab_size: int, max_length: int) -> None:
+    """Raise InvalidRequestError, naming the field, for a text that cannot be scored. `max_length` is in tokens."""
+    _check_integer("logprobs", top, 0, MAX_LOGPROBS)
+    _check_prompt(token_ids, vocab_size)
+    if len(token_ids) > max_length:
+        message = f"the text has {len(token_ids)} tokens, but at most {max_length} can be scored at once"
+        raise InvalidRequestError("prompt", message)
+
+
 def validate_request(token_ids: Tokens, params: SamplingParams, *, vocab_size: int, max_length: int) -> None:
     """Raise InvalidRequestError, naming the field, for a prompt and parameters that cannot be served together.
 

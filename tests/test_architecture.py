@@ -28,6 +28,7 @@ TORCH_MODULES = {
     "out_of_memory",
     "rehearsal",
     "runner",
+    "scorer",
     "staging",
     "weights",
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.model.layers import LayerStack
+from engine.model.layers import Attend, LayerStack
 from kernels.dispatch import Kernels
 from kernels.rotary import rotary_table
 
@@ -74,6 +74,16 @@ class BlockDecoder:
 
     def prefill(self, x: Tensor, batch: PrefillBatch, keys: Tensor, values: Tensor) -> None:
         """Store keys and values for the block embeddings x [N, H] of prompt chunks."""
+        write, attend = self._chunk_operations(batch, keys, values)
+        self._stack.project_only(x, attend, write)
+
+    def contexts(self, x: Tensor, batch: PrefillBatch, keys: Tensor, values: Tensor) -> Tensor:
+        """As `prefill`, with context embeddings [N, H] of all positions."""
+        _write, attend = self._chunk_operations(batch, keys, values)
+        return self._stack.forward(x, attend)
+
+    def _chunk_operations(self, batch: PrefillBatch, keys: Tensor, values: Tensor) -> tuple[Attend, Attend]:
+        """Of chunks: storing keys and values, which returns the query, and attention with it."""
 
         def write(layer: int, qkv: Tensor) -> Tensor:
             return self._kernels.rotary_paged_write(
@@ -92,4 +102,4 @@ class BlockDecoder:
                 self._scale,
             ).flatten(1)
 
-        self._stack.project_only(x, attend, write)
+        return write, attend

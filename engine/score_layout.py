@@ -41,6 +41,11 @@ def longest_text(model: ModelConfig) -> int:
     return (model.max_positions + 1) * model.block_length - _tokens_in_front(model)
 
 
+def window_length(model: ModelConfig) -> int:
+    """Tokens that longer texts are cut to: with what stands in front they are the model's length."""
+    return model.max_length - _tokens_in_front(model)
+
+
 def _tokens_in_front(model: ModelConfig) -> int:
     length = model.block_length
     return length - 1 if model.prompt_alignment == "left_pad" or length == 1 else length

@@ -97,6 +97,13 @@ class Tokenizer:
         """The text of all these ids at once. Ids outside the vocabulary stand for nothing."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def text_bytes(self, token_ids: Sequence[int]) -> int:
+        """Bytes of UTF-8 that these tokens stand for; special tokens for none."""
+        table = self._token_bytes[True]
+        if table is None:
+            return len(self.decode(token_ids).encode())
+        return sum(len(table[token]) for token in token_ids if token < len(table))
+
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         """How the vocabulary spells each token, which is not its text; "" for ids outside of it."""
         return [self._tokenizer.id_to_token(token) or "" for token in token_ids]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from engine.tokenizer import Tokenizer
 from engine.types import TokenLogprobs
-from server.protocol import LogprobsBody
+from server.protocol import LogprobsBody, PromptLogprob
 
 LEAST_LOGPROB = -9999.0
 """Stands for -inf, which JSON has not."""
@@ -42,12 +42,49 @@ class LogprobsWriter:
             text_offset=offsets,
         )
 
+    def write_prompt(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], top: int, offset: int
+    ) -> LogprobsBody:
+        """A prompt in front of the answer, whose text is `offset` characters long; nothing predicts its first token."""
+        told = self.write(token_ids, (None, *(_likeliest(one, top) for one in logprobs)))
+        self.begin(offset)
+        return told
+
     def _top(self, token: int, one: TokenLogprobs) -> dict[str, float]:
         """The likeliest tokens, and the token itself behind them if it is none of them."""
         likeliest = zip(one.top_ids, one.top_logprobs, strict=True)
         return {self._name(other): finite(logprob) for other, logprob in likeliest} | {
             self._name(token): finite(one.logprob)
         }
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], top: int
+) -> list[dict[str, PromptLogprob] | None]:
+    """The field of that name: by token id, the likeliest and the token itself; null for the first token."""
+    entries: list[dict[str, PromptLogprob] | None] = [None]
+    for token, one in zip(token_ids[1:], logprobs, strict=True):
+        told = _likeliest(one, top)
+        pairs = (*zip(told.top_ids, told.top_logprobs, strict=True), (token, told.logprob))
+        entries.append(
+            {str(other): PromptLogprob(finite(logprob), tokenizer.token_name(other)) for other, logprob in pairs}
+        )
+    return entries
+
+
+def join(first: LogprobsBody, second: LogprobsBody) -> LogprobsBody:
+    """One behind the other."""
+    return LogprobsBody(
+        tokens=first.tokens + second.tokens,
+        token_logprobs=first.token_logprobs + second.token_logprobs,
+        top_logprobs=first.top_logprobs + second.top_logprobs,
+        text_offset=first.text_offset + second.text_offset,
+    )
+
+
+def _likeliest(one: TokenLogprobs, top: int) -> TokenLogprobs:
+    """With the first so many of the likeliest tokens only."""
+    return TokenLogprobs(one.logprob, one.top_ids[:top], one.top_logprobs[:top])
 
 
 def finite(logprob: float) -> float:

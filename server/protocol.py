@@ -10,7 +10,7 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 
-from engine.types import MAX_LOGIT_BIAS, InvalidRequestError
+from engine.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, InvalidRequestError
 from engine.validation import PRIORITY_LIMIT
 from server.errors import ApiError, invalid
 
@@ -18,11 +18,6 @@ Prompt = str | list[int]
 
 MAX_STOP_CHARACTERS = 1024
 """Every answer of a request prepares its own search for each stop string."""
-
-UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
-    "prompt_logprobs": (),
-}
-"""Fields of the API that are not supported yet, with the values besides null that ask for nothing."""
 
 PROMPT_SCHEMA = {
     "anyOf": [
@@ -87,6 +82,7 @@ class CompletionRequest(StrictModel):
     repetition_penalty: float = 1.0
     logit_bias: Annotated[dict[str, Any], WithJsonSchema(LOGIT_BIAS_SCHEMA)] = {}
     logprobs: int | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     add_special_tokens: bool = True
@@ -102,8 +98,14 @@ class CompletionRequest(StrictModel):
 
     @property
     def echo_only(self) -> bool:
-        """Whether the prompt alone is the answer, which takes no engine."""
+        """Whether the prompt alone is the answer."""
         return self.echo and self.max_tokens == 0
+
+    @property
+    def score_top(self) -> int | None:
+        """How many of the likeliest tokens at each of the prompts' are asked for; None where no logprobs are."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((top for top in asked if top is not None), default=None)
 
 
 def parse_fields(kind: type[M], fields: dict[str, Any]) -> M:
@@ -117,9 +119,6 @@ def parse_fields(kind: type[M], fields: dict[str, Any]) -> M:
 def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
     """The request in a JSON object without nulls. Raises ApiError 400 whose `param` names the field at fault."""
     body = dict(body)
-    for name, defaults in UNSUPPORTED_FIELDS.items():
-        if name in body and not _asks_for_nothing(body.pop(name), defaults):
-            raise invalid(name, f"{name} is not supported by this server yet; leave it out", "unsupported_parameter")
     options = body.get("stream_options")
     if isinstance(options, dict):
         body["stream_options"] = {name: value for name, value in options.items() if value is not None}
@@ -128,8 +127,6 @@ def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
         raise invalid("stream_options", "stream_options goes with stream: true only")
     if request.best_of is not None and request.best_of != request.n:
         raise invalid("best_of", f"best_of has to equal n, which is {show(request.n)}: answers are not ranked")
-    if request.echo and request.logprobs is not None:
-        raise invalid("logprobs", "logprobs with echo is not supported by this server yet", "unsupported_parameter")
     if request.suffix:
         raise invalid("suffix", "suffix has to be empty: this model does not insert text", "unsupported_parameter")
     return request
@@ -173,10 +170,6 @@ def show(value: object) -> str:
         return "an object"
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:20]}... ({len(text)} characters)"
-
-
-def _asks_for_nothing(value: object, defaults: tuple[object, ...]) -> bool:
-    return any(value == default and isinstance(value, bool) == isinstance(default, bool) for default in defaults)
 
 
 def _as_invalid(error: ErrorDetails) -> ApiError:
@@ -225,6 +218,13 @@ class LogprobsBody(msgspec.Struct, frozen=True, kw_only=True):
     """Where in the answer's text the token begins, in characters."""
 
 
+class PromptLogprob(msgspec.Struct, frozen=True):
+    """Of `prompt_logprobs`: how likely a token was."""
+
+    logprob: float
+    decoded_token: str
+
+
 class ChoiceBody(msgspec.Struct, frozen=True, kw_only=True):
     """One answer, or what a chunk adds to it."""
 
@@ -238,6 +238,8 @@ class ChoiceBody(msgspec.Struct, frozen=True, kw_only=True):
     """Of the answer, or of what the chunk adds to it; left out unless the client asked for them."""
     prompt_token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
     """With `token_ids`, but in the first chunk of an answer only."""
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
+    """An entry a prompt token, by token ids; in the first chunk only, and left out unless asked for."""
 
 
 class CompletionBody(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,12 +1,13 @@
 """Logprobs in answers: whole, by block and by token."""
 
+import asyncio
 import math
 from typing import Any
 
 import pytest
 
 from engine.types import Delta, GenerationRequest, TokenLogprobs
-from tests.server.fakes import EOS, REPLY, FakeEngine, Harness, events, tokenizer
+from tests.server.fakes import EOS, REPLY, FakeEngine, Harness, events, tokenizer, until
 from tests.server.test_text_options import everywhere, says
 
 NAME = tokenizer().token_name
@@ -81,3 +82,76 @@ async def test_fields_reach_the_engine() -> None:
     params = request.params
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.5, -1, 1.5)
     assert (params.logit_bias, params.logprobs) == (((7, -100), (0, 2.5)), 3)
+
+
+# --- Prompts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score_after", [0, 1, 9])
+@pytest.mark.parametrize("top", [0, 3])
+async def test_an_echo_has_the_prompts_logprobs_in_front(score_after: int, top: int) -> None:
+    engine = says([*tokenizer().encode(REPLY), EOS], "stop")
+    engine.score_after = score_after
+    prompts = ["Hi, é 漢", "x"]
+    plain = await everywhere(engine, prompt=prompts, n=2, logprobs=top, max_tokens=99)
+    echoed = await everywhere(engine, prompt=prompts, n=2, logprobs=top, max_tokens=99, echo=True)
+    assert [len(group.scores) for group in engine.groups] == [0] * 3 + [2] * 3
+    for before, choice in zip(plain["choices"], echoed["choices"], strict=True):
+        prompt = prompts[choice["index"] // 2]
+        ids = tokenizer().encode(prompt)
+        told = choice["logprobs"]
+        assert choice["text"] == prompt + before["text"]
+        assert told["tokens"] == [NAME(token) for token in ids] + before["logprobs"]["tokens"]
+        assert told["token_logprobs"][: len(ids)] == [None, *(-token / 128 for token in ids[1:])]
+        assert told["top_logprobs"][0] is None
+        assert all(len(one) == max(top, 1) for one in told["top_logprobs"][1:])
+        assert told["text_offset"][len(ids) :] == [len(prompt) + place for place in before["logprobs"]["text_offset"]]
+        for name in ("token_logprobs", "top_logprobs"):
+            assert told[name][len(ids) :] == before["logprobs"][name]
+    assert echoed["usage"] == plain["usage"]
+
+
+async def test_what_lm_eval_asks_for() -> None:
+    prompts = [[5, 6, 7, 8], [9]]
+    for max_tokens in (0, 1):
+        engine = says([11][:max_tokens])
+        answer = await everywhere(
+            engine, prompt=prompts, echo=True, logprobs=1, max_tokens=max_tokens, temperature=0, seed=1234
+        )
+        assert engine.groups[0].requests == [] or max_tokens
+        for ids, choice in zip(prompts, answer["choices"], strict=True):
+            assert choice["finish_reason"] == "length"
+            assert [len(array) for array in choice["logprobs"].values()] == [len(ids) + max_tokens] * 4
+            assert choice["logprobs"]["token_logprobs"][0] is None
+            assert None not in choice["logprobs"]["token_logprobs"][1:]
+
+
+async def test_prompt_logprobs_by_token_id() -> None:
+    answer = await everywhere(says([11]), prompt=[5, 6], prompt_logprobs=2, max_tokens=1)
+    (choice,) = answer["choices"]
+    assert choice["logprobs"] is None
+    assert choice["prompt_logprobs"] == [
+        None,
+        {
+            "6": {"logprob": -6 / 128, "decoded_token": NAME(6)},
+            "7": {"logprob": -6 / 128 - 1, "decoded_token": NAME(7)},
+        },
+    ]
+    both = await everywhere(says([11]), prompt=[5, 6], prompt_logprobs=2, logprobs=1, echo=True, max_tokens=1)
+    assert both["choices"][0]["prompt_logprobs"] == choice["prompt_logprobs"]
+    assert [len(one or ()) for one in both["choices"][0]["logprobs"]["top_logprobs"]] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_that_cannot_be_scored_fails_the_request(stream: bool) -> None:
+    engine = FakeEngine(None)
+    harness = Harness(engine)
+    task = asyncio.create_task(harness.complete(echo=True, logprobs=1, stream=stream))
+    await engine.submitted.wait()
+    await until(lambda: bool(engine.groups))
+    (group,) = engine.groups
+    group.feed([Delta(request_id=group.scores[0].request_id, finish_reason="error", error="no memory")])
+    response = await task
+    body = events(response.text)[0] if stream else response.json()
+    assert "no memory" in body["error"]["message"]
+    assert group.aborted == [group.requests[0].request_id]

@@ -142,7 +142,7 @@ async def test_an_echo_alone_counts_as_requests_without_tokens() -> None:
         ({"max_tokens": 0, "echo": True, "prompt": [320]}, "prompt"),
         ({"max_tokens": 0, "echo": True, "prompt": [5] * 256}, "prompt"),
         ({"max_tokens": 0, "echo": True, "n": 1025}, "n"),
-        ({"max_tokens": 0, "echo": True, "logprobs": 1}, "logprobs"),
+        ({"max_tokens": 0, "echo": True, "logprobs": 21}, "logprobs"),
     ],
 )
 async def test_what_goes_for_other_requests_goes_for_an_echo(fields: dict[str, Any], param: str) -> None:

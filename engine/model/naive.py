@@ -39,7 +39,7 @@ class NaiveAnswer(NamedTuple):
     margins: list[float]
     """For each token: its score minus the second best, noise included."""
     logprobs: list[list[float]]
-    """For each token the logprobs of the whole vocabulary [V], of the model itself: before bias and penalties."""
+    """Where they were asked for, each token's of the whole vocabulary [V]: the model's own, before bias and penalties."""
 
 
 class NaiveModel(ABC):
@@ -109,7 +109,8 @@ class NaiveModel(ABC):
                 filled = block + [0] * (self.config.block_length - len(block))
                 logits = self.block_logits(context, self._int64([filled]))[:, len(block)]
                 row, place = self._int64([0]).int(), self._int64([len(tokens)]).int()
-                logprobs.append(logits[0].float().log_softmax(-1).tolist())
+                if params.logprobs is not None:
+                    logprobs.append(logits[0].float().log_softmax(-1).tolist())
                 adjusted = self._adjust(logits[0].float(), prompt_token_ids, tokens, params)
                 scores = perturbed_scores(adjusted[None], row, place, tables)[0]
                 best, second = scores.topk(2).values.tolist()

@@ -39,7 +39,7 @@ class NaiveAnswer(NamedTuple):
     margins: list[float]
     """For each token: its score minus the second best, noise included."""
     logprobs: list[list[float]]
-    """Where they were asked for, each token's of the whole vocabulary [V]: the model's own, before bias and penalties."""
+    """Where they were asked for: for each token the whole vocabulary's [V], before bias and penalties."""
 
 
 class NaiveModel(ABC):

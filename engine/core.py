@@ -39,7 +39,7 @@ from engine.types import (
     InvalidRequestError,
     ScoreRequest,
 )
-from engine.validation import unpack_prompt, validate_priority, validate_request, validate_score
+from engine.validation import unpack_prompt, validate_padding, validate_priority, validate_request, validate_score
 from engine.weights import expected_shapes, load_weights, random_weights
 from kernels.dispatch import Kernels, select_kernels
 
@@ -210,8 +210,10 @@ class EngineCore:
     def _text(self, key: Hashable, request: ScoreRequest) -> ScoredText:
         model = self._model_config
         token_ids = unpack_prompt(request.text)
-        validate_score(token_ids, request.top, vocab_size=model.vocab_size, max_length=longest_text(model))
-        return ScoredText(key, request, lay_out_text(token_ids, model), len(token_ids))
+        validate_padding(request.padding, model.block_length)
+        longest = longest_text(model, request.padding)
+        validate_score(token_ids, request.top, vocab_size=model.vocab_size, max_length=longest)
+        return ScoredText(key, request, lay_out_text(token_ids, model, request.padding), len(token_ids))
 
     def _sequence(self, key: Hashable, request: GenerationRequest, now: float) -> Sequence:
         model = self._model_config

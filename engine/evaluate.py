@@ -68,8 +68,9 @@ def cut_windows(token_ids: Sequence[int], window: int, eos_token_id: int) -> lis
 
 
 def window_score(token_ids: Sequence[int], logprobs: Sequence[float], tokenizer: Tokenizer) -> DocumentScore:
-    """The sums of one window, from the logprobs of all of its tokens but the first."""
-    text_bytes = tokenizer.text_bytes(token_ids) - tokenizer.text_bytes(token_ids[:1])
+    """The sums of one window, from the logprobs of its last tokens."""
+    skipped = len(token_ids) - len(logprobs)
+    text_bytes = tokenizer.text_bytes(token_ids) - tokenizer.text_bytes(token_ids[:skipped])
     return DocumentScore(len(logprobs), text_bytes, -math.fsum(logprobs) / math.log(2))
 
 

@@ -98,7 +98,7 @@ class LLM:
         self._core = EngineCore.load(model_name(model), directory, config, random_seed)
         self._max_waiting = config.max_waiting
         self._next_id = 0
-        self._window = window_length(model_config)
+        self._model_config = model_config
 
     @property
     def info(self) -> EngineInfo:
@@ -141,13 +141,17 @@ class LLM:
                 if end is not None:
                     self._core.abort(opened.request.request_id)
 
-    def score(self, texts: Seq[Seq[int]], *, progress: bool = True) -> list[list[float]]:
+    def score(self, texts: Seq[Seq[int]], *, padding: int | None = None, progress: bool = True) -> list[list[float]]:
         """The logprob of every token of each text (token ids) but its first, in nats.
+
+        With `padding` pads in front, fewer than a block, those of the first block's tokens are missing.
 
         Raises InvalidRequestError for a text that cannot be scored, and MemoryError where the device has no room.
         """
+        ids = range(self._next_id, self._next_id + len(texts))
         requests = [
-            ScoreRequest(request_id=self._next_id + index, text=pack_tokens(text)) for index, text in enumerate(texts)
+            ScoreRequest(request_id=request_id, text=pack_tokens(text), padding=padding)
+            for request_id, text in zip(ids, texts, strict=True)
         ]
         self._next_id += len(requests)
         places = {request.request_id: index for index, request in enumerate(requests)}
@@ -171,17 +175,20 @@ class LLM:
                 self._core.abort(request_id)
         return scores
 
-    def evaluate(self, documents: Seq[str], *, progress: bool = True) -> list[DocumentScore]:
-        """How well the model predicts each document (`engine.evaluate`)."""
+    def evaluate(
+        self, documents: Seq[str], *, padding: int | None = None, progress: bool = True
+    ) -> list[DocumentScore]:
+        """How well the model predicts each document (`engine.evaluate`); `padding` as `score` has it."""
         windows: list[list[int]] = []
         owners: list[int] = []
         for number, document in enumerate(documents):
             token_ids = self.tokenizer.encode(document, add_special_tokens=False)
-            cut = cut_windows(token_ids, self._window, self.info.eos_token_id)
+            cut = cut_windows(token_ids, window_length(self._model_config, padding), self.info.eos_token_id)
             windows += cut
             owners += [number] * len(cut)
         scores = [DocumentScore() for _ in documents]
-        for owner, token_ids, logprobs in zip(owners, windows, self.score(windows, progress=progress), strict=True):
+        told = self.score(windows, padding=padding, progress=progress)
+        for owner, token_ids, logprobs in zip(owners, windows, told, strict=True):
             scores[owner].add(window_score(token_ids, logprobs, self.tokenizer))
         return scores
 

@@ -50,8 +50,8 @@ class ScoredText:
     def delta(self) -> Delta:
         """Its logprobs, all of which are known."""
         length = self.layout.blocks.shape[1]
-        count, flat = self.tokens - 1, (1, self.layout.positions * length)
-        if not count:
+        count, flat = self.tokens - self.layout.skipped, (1, self.layout.positions * length)
+        if count <= 0:
             return Delta(request_id=self.request.request_id, finish_reason="length")
         chosen, ids, values = (np.concatenate(parts) for parts in zip(*self.parts, strict=True))
         told = BlockLogprobs(chosen.reshape(flat), ids.reshape(*flat, -1), values.reshape(*flat, -1))
@@ -172,7 +172,7 @@ class Scorer:
             text = self._queue.popleft()
             if text.aborted:
                 continue
-            if text.tokens == 1:
+            if text.tokens <= text.layout.skipped:
                 ended.append((text, text.delta()))
                 continue
             text.first_page = 1 + used

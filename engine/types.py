@@ -110,7 +110,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ScoreRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A text whose tokens' logprobs are asked for: of all but the first, which nothing predicts.
+    """A text whose tokens' logprobs are asked for: of all but the first, or the first block's (`padding`).
 
     The answer is one delta without tokens, whose `logprobs` are those, or an error. `request_id` is as a
     GenerationRequest's, and other than any of those.
@@ -121,6 +121,8 @@ class ScoreRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Token ids, packed by `pack_tokens`."""
     top: int = 0
     """How many of the likeliest tokens are told with each, 0 to MAX_LOGPROBS."""
+    padding: int | None = None
+    """Pads in front, fewer than a block. None: what predicts every token but the first. The first block's never are."""
 
 
 class Timing(msgspec.Struct, frozen=True):

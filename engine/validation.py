@@ -34,6 +34,12 @@ def unpack_prompt(packed: bytes) -> NDArray[np.int32]:
     return np.frombuffer(packed, np.int32)
 
 
+def validate_padding(padding: int | None, block_length: int) -> None:
+    """Raise InvalidRequestError for pads in front of a text that are a block or more."""
+    if padding is not None:
+        _check_integer("padding", padding, 0, block_length - 1)
+
+
 def validate_score(token_ids: Tokens, top: int, *, vocab_size: int, max_length: int) -> None:
     """Raise InvalidRequestError, naming the field, for a text that cannot be scored. `max_length` is in tokens."""
     _check_integer("logprobs", top, 0, MAX_LOGPROBS)

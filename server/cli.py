@@ -134,7 +134,7 @@ def run_eval(options: argparse.Namespace) -> int:
     files = [(path, read_documents(path, end)[: options.limit]) for path in options.files]
     sys.stdout.write(HEADER + "\n")
     for path, documents in files:
-        for line in table(path.name, llm.evaluate(documents), each=not options.summary):
+        for line in table(path.name, llm.evaluate(documents, padding=options.padding), each=not options.summary):
             sys.stdout.write(line + "\n")
         sys.stdout.flush()
     return 0
@@ -210,6 +210,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="documents, as UTF-8")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each file only [all]")
+    parser.add_argument(
+        "--padding",
+        type=int,
+        metavar="N",
+        help="pads in front of each text, fewer than a block; the first block is not predicted "
+        "[what predicts every token but the first]",
+    )
     parser.add_argument("--summary", action="store_true", help="one line a file, none for its documents")
     section = parser.add_argument_group("Model and device")
     for name in MODEL_SETTINGS:

@@ -1,7 +1,6 @@
 """Loss and bits per byte, against the training code's own evaluation of the same documents."""
 
 import lzma
-import math
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +27,18 @@ def test_figures_are_those_of_training() -> None:
     model, tokenizer = load_model(directory).eval(), load_tokenizer(directory)
     encoded = [np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint16) for text in DOCUMENTS]
     assert len(encoded[3]) > 2048 - 3, "no document is cut"
-    expected = bits_per_byte(model, encoded, token_bytes(tokenizer), u=model.config.block_length - 1)
-    scores = LLM(device="cpu", dtype="float32", max_rows=1).evaluate(DOCUMENTS, progress=False)
-    for score, (bits, count) in zip(scores, expected, strict=True):
-        assert score.bytes == count
-        assert score.bits == pytest.approx(bits, rel=1e-4, abs=1e-3)
-    assert scores[2].tokens == 0
-    assert scores[4].loss == pytest.approx(math.log(2) * expected[4][0] / len(encoded[4]), rel=1e-4)
+    llm = LLM(device="cpu", dtype="float32", max_rows=1)
+    for u in (3, 0):
+        expected = bits_per_byte(model, encoded, token_bytes(tokenizer), u)
+        scores = llm.evaluate(DOCUMENTS, padding=u, progress=False)
+        for score, (bits, count) in zip(scores, expected, strict=True):
+            assert score.bytes == count
+            assert score.bits == pytest.approx(bits, rel=1e-4, abs=1e-3)
+        assert scores[2].tokens == 0
+        assert scores[4].tokens == len(encoded[4]) + 1 - (4 - u)
+    assert llm.evaluate(DOCUMENTS[:2], progress=False) == llm.evaluate(DOCUMENTS[:2], padding=3, progress=False)
+    with pytest.raises(InvalidRequestError, match="padding"):
+        llm.evaluate(DOCUMENTS[:1], padding=4, progress=False)
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -13,7 +13,7 @@ from engine.staging import Staging
 from engine.types import MAX_LOGPROBS, Delta, GenerationRequest, SamplingParams
 from kernels.adjust import IN_PROMPT
 from kernels.logprobs import MAX_TOP
-from tests.engine.helpers import GoldenModel
+from tests.engine.helpers import DEVICES, GoldenModel
 from tests.engine.scheduling import make_sequence
 
 MODEL = GoldenModel("lookup_prefix2")
@@ -38,6 +38,7 @@ def test_kernels_and_requests_agree_on_the_most_logprobs() -> None:
     assert MAX_TOP == MAX_LOGPROBS
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "change",
     [
@@ -47,12 +48,12 @@ def test_kernels_and_requests_agree_on_the_most_logprobs() -> None:
         {"logit_bias": ((7, 100.0),)},
     ],
 )
-def test_each_alone_changes_greedy_answers_as_the_oracle_says(change: dict[str, object]) -> None:
+def test_each_alone_changes_greedy_answers_as_the_oracle_says(change: dict[str, object], device: str) -> None:
     params = msgspec.structs.replace(PLAIN, max_tokens=30, **change)
     one = request(0, params)
     expected = MODEL.oracle(one).token_ids
     assert expected != MODEL.oracle(request(0, msgspec.structs.replace(PLAIN, max_tokens=30))).token_ids
-    assert [token for delta in run(MODEL.core(), [one])[0] for token in delta.token_ids] == expected
+    assert [token for delta in run(MODEL.core(device=device), [one])[0] for token in delta.token_ids] == expected
 
 
 @pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1e300])
@@ -80,8 +81,10 @@ def test_steps_are_adjusted_only_where_a_row_asks(monkeypatch: pytest.MonkeyPatc
     assert [token for delta in deltas[0] for token in delta.token_ids] == MODEL.oracle(request(0)).token_ids
 
 
-def test_slots_grow_with_the_rows_that_ask_and_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    core = MODEL.core(max_rows=40, max_step_positions=4096)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_slots_grow_with_the_rows_that_ask_and_are_used_again(overlapped: bool, device: str) -> None:
+    core = MODEL.core(device=device, overlapped=overlapped, max_rows=40, max_step_positions=4096)
     tables = core._runner._tables.adjustments
     assert len(tables.tables.counts) == 1, "who never asks pays for a table"
     asking = msgspec.structs.replace(PLAIN, presence_penalty=0.5)

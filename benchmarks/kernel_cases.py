@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kernels.adjust import AdjustmentTables
 from kernels.dispatch import Kernels
 from kernels.rotary import rotary_table
 from kernels.sampler import SamplingTables
@@ -38,6 +39,7 @@ def cases(kernels: Kernels, only: str) -> Iterator[Case]:
         _row_cases,
         _product_cases,
         _sampler_cases,
+        _adjusted_cases,
     ):
         yield from make(kernels, only)
 
@@ -228,6 +230,45 @@ def _sampler_cases(kernels: Kernels, only: str) -> Iterator[Case]:
                 partial(kernels.sample, logits, _int32(range(rows)), _int32([7] * rows), tables),
                 bytes=logits.nbytes,
             )
+
+
+def _adjusted_cases(kernels: Kernels, only: str) -> Iterator[Case]:
+    """What only steps with penalties, bias or logprobs run: every row asks for all of it, or one does."""
+    for rows, asking in ((1024, 1024), (1024, 1), (1, 1)):
+        logits = _random(rows, VOCAB_SIZE) * 3
+        asks = torch.arange(rows, device=CUDA) < asking
+        shape = f"{asking} of {rows} rows of {VOCAB_SIZE}"
+        if only in "adjust":
+            yield Case(
+                "adjust",
+                shape,
+                partial(kernels.adjust, logits, _int32(range(rows)), _int32([[5, 6, 7]] * rows), _all_adjusted(asks)),
+                bytes=logits.nbytes + 4 * logits.numel() + 4 * asking * VOCAB_SIZE,
+            )
+        if only in "top_logprobs":
+            for top in (0, 5, 20):
+                wanted = torch.where(asks, top, -1).int()
+                yield Case(
+                    "top_logprobs",
+                    f"{shape}, {top} likeliest",
+                    partial(kernels.top_logprobs, logits, _int32([9] * rows), wanted),
+                    bytes=logits.nbytes * asking / rows,
+                )
+
+
+def _all_adjusted(asks: Tensor) -> AdjustmentTables:
+    """Penalties and 300 biases for the rows that ask."""
+    slots = int(asks.sum()) + 1
+    return AdjustmentTables(
+        slot=torch.where(asks, torch.arange(len(asks), device=CUDA) + 1, 0).int(),
+        repetition=torch.full((slots,), 1.1, device=CUDA),
+        presence=torch.full((slots,), 0.5, device=CUDA),
+        frequency=torch.full((slots,), 0.2, device=CUDA),
+        counts=torch.randint(0, 2, (slots, VOCAB_SIZE), dtype=torch.int32, device=CUDA),
+        bias_ids=torch.arange(300, dtype=torch.int32, device=CUDA).repeat(slots, 1),
+        bias_values=torch.ones(slots, 300, device=CUDA),
+        bias_length=_int32([300] * slots),
+    )
 
 
 def _usual(greedy: SamplingTables) -> SamplingTables:

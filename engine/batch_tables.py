@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.adjustments import Adjustments
 from engine.sequence import Sequence
 from engine.staging import Staging
 from kernels.sampler import SamplingTables
@@ -31,6 +32,7 @@ class BatchTables:
         block_length: int,
         eos_token_id: int,
         max_suppressed: int,
+        vocab_size: int,
         staging: Staging,
     ) -> None:
         rows = max_rows + 1
@@ -60,6 +62,7 @@ class BatchTables:
             suppress_until=zeros(rows),
             suppressed_ids=torch.full((rows, max_suppressed), -1, dtype=torch.int32, device=device),
         )
+        self.adjustments = Adjustments(rows=rows, vocab_size=vocab_size, staging=staging)
 
     def bind(self, sequences: Seq[Sequence]) -> None:
         """Write the state of sequences that got their rows. They decode first at the position of their last block."""
@@ -88,6 +91,7 @@ class BatchTables:
         sampling.seed[rows] = self._upload([p.seed for p in params], np.int64)
         sampling.suppress_until[rows] = self._upload([p.min_tokens for p in params], np.int32)
         sampling.suppressed_ids[rows] = self._upload(suppressed, np.int32)
+        self.adjustments.bind(sequences)
 
     def set_pages(self, entries: Seq[tuple[int, int, int]]) -> None:
         """Write page table entries (row, index, page)."""

@@ -6,7 +6,7 @@
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
-from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, RejectCode
+from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, RejectCode, ScoreRequest
 
 
 class EngineRejectedError(Exception):
@@ -55,8 +55,8 @@ class EngineClient(Protocol):
         """An id that no other open request of this client has."""
         ...
 
-    async def submit(self, requests: Sequence[GenerationRequest]) -> Answers:
-        """Hand over a group, which is taken whole or not at all.
+    async def submit(self, requests: Sequence[GenerationRequest], scores: Sequence[ScoreRequest] = ()) -> Answers:
+        """Hand over a group, which is taken whole or not at all. A score has one delta, which ends it.
 
         Raises EngineRejectedError or EngineUnavailableError. Cancelled, it leaves nothing of the group at the engine.
         """

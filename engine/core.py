@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from engine.alignment import align_prompt
@@ -25,13 +26,30 @@ from engine.page_pool import PagePool
 from engine.prefix_cache import PrefixCache
 from engine.rehearsal import activation_bytes
 from engine.runner import Runner, StepInFlight
-from engine.scheduler import Scheduler
+from engine.scheduler import QueueFullError, Scheduler
+from engine.score_layout import lay_out_text, longest_text
+from engine.scorer import ScoredText, Scorer
 from engine.sequence import Sequence, SequenceState
 from engine.staging import Staging
 from engine.step_budget import StepBudget
 from engine.step_plan import StepPlan
-from engine.types import MAX_STOP_TOKEN_IDS, EngineInfo, EngineLoad, GenerationRequest, InvalidRequestError
-from engine.validation import unpack_prompt, validate_cache_salt, validate_priority, validate_request
+from engine.types import (
+    MAX_STOP_TOKEN_IDS,
+    Delta,
+    EngineInfo,
+    EngineLoad,
+    GenerationRequest,
+    InvalidRequestError,
+    ScoreRequest,
+)
+from engine.validation import (
+    unpack_prompt,
+    validate_cache_salt,
+    validate_padding,
+    validate_priority,
+    validate_request,
+    validate_score,
+)
 from engine.weights import expected_shapes, load_weights, random_weights
 from kernels.dispatch import Kernels, select_kernels
 
@@ -46,6 +64,8 @@ class StepReport:
     rows: int
     """Rows that decoded."""
     seconds: float
+    scored: list[tuple[Hashable, Delta]]
+    """Texts that are scored, or cannot be, by key."""
 
 
 class EngineCore:
@@ -92,7 +112,9 @@ class EngineCore:
         )
         self._runner = build(cache)
         self._runner.capture_graphs()
+        self._scorer = Scorer(model, kernels, layout, config)
         self._in_flight: tuple[StepPlan, StepInFlight] | None = None
+        self._no_deltas = StepDeltas([], np.empty((0, model.config.block_length), np.int32))
         self.step_underway: StepPlan | None = None
         """The step that `step` worked on last, and works on as long as it has not returned."""
         self.info = EngineInfo(
@@ -128,12 +150,13 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self._scorer.has_work
 
     @property
     def load_now(self) -> EngineLoad:
         """How busy the engine is."""
-        return EngineLoad(running=self._scheduler.running, waiting=self._scheduler.waiting, pages_used=self._pool.used)
+        waiting = self._scheduler.waiting + self._scorer.waiting
+        return EngineLoad(running=self._scheduler.running, waiting=waiting, pages_used=self._pool.used)
 
     @property
     def preemptions(self) -> int:
@@ -151,25 +174,32 @@ class EngineCore:
         """Whether a step was launched that is not committed yet. Never between the calls of a synchronous engine."""
         return self._in_flight is not None
 
-    def add(self, group: Seq[tuple[Hashable, GenerationRequest]]) -> None:
-        """Take all requests of the group, each under its key, or none.
+    def add(
+        self, group: Seq[tuple[Hashable, GenerationRequest]], scores: Seq[tuple[Hashable, ScoreRequest]] = ()
+    ) -> None:
+        """Take all requests of the group, and texts to score, each under its key, or none.
 
         Raises InvalidRequestError (checked again here, whatever the front end did) or QueueFullError.
         """
         now = self._clock()
         sequences = [self._sequence(key, request, now) for key, request in group]
+        texts = [self._text(key, request) for key, request in scores]
+        if texts and self._scorer.waiting + len(texts) > self._config.max_waiting:
+            most = self._config.max_waiting
+            raise QueueFullError(f"{self._scorer.waiting} texts wait to be scored, and at most {most} may")
         self._scheduler.add(sequences)
+        self._scorer.add(texts)
 
     def abort(self, key: Hashable) -> bool:
         """Forget a request at any moment; False if it is not known (any more)."""
-        return self._scheduler.abort(key)
+        return self._scheduler.abort(key) or self._scorer.abort(key)
 
     def state_of(self, key: Hashable) -> SequenceState | None:
         """Where an unfinished request is; None if it is not known (any more)."""
         return self._scheduler.state_of(key)
 
     def step(self) -> StepReport | None:
-        """Launch the next step and commit one; None if none was committed.
+        """Launch the next step and commit one, and likewise score a chunk; None if nothing came of either.
 
         Synchronous, a step is committed by the call that launched it. Overlapped, it is committed by the next call,
         which launches its successor first: the host plans and commits while the device computes.
@@ -179,14 +209,17 @@ class EngineCore:
         launched = None if plan is None else (plan, self._runner.launch(plan, self._given_up()))
         if self._config.overlapped:
             launched, self._in_flight = self._in_flight, launched
+        scored = self._scorer.step()
         if launched is None:
-            return None
+            return StepReport(self._no_deltas, 0, self._clock() - started, scored) if scored else None
         plan, step = launched
         self.step_underway = plan
         result = step.wait()
         now = self._clock()
-        deltas = self._scheduler.commit(plan, result.tokens, result.finite, now, failed=result.failed)
-        return StepReport(deltas, len(plan.decode), now - started)
+        deltas = self._scheduler.commit(
+            plan, result.tokens, result.finite, now, failed=result.failed, logprobs=result.logprobs
+        )
+        return StepReport(deltas, len(plan.decode), now - started, scored)
 
     def check_integrity(self) -> None:
         """AssertionError if rows, pages or states do not add up."""
@@ -195,6 +228,14 @@ class EngineCore:
     def _given_up(self) -> Collection[Sequence]:
         """Sequences that the scheduler will learn of at the next commit: they have failed."""
         return () if self._in_flight is None else self._in_flight[1].failed
+
+    def _text(self, key: Hashable, request: ScoreRequest) -> ScoredText:
+        model = self._model_config
+        token_ids = unpack_prompt(request.text)
+        validate_padding(request.padding, model.block_length)
+        longest = longest_text(model, request.padding)
+        validate_score(token_ids, request.top, vocab_size=model.vocab_size, max_length=longest)
+        return ScoredText(key, request, lay_out_text(token_ids, model, request.padding), len(token_ids))
 
     def _sequence(self, key: Hashable, request: GenerationRequest, now: float) -> Sequence:
         model = self._model_config
@@ -217,6 +258,7 @@ def _runner(config: EngineConfig, model: Model, kernels: Kernels, cache: KVCache
         block_length=model.config.block_length,
         eos_token_id=model.config.eos_token_id,
         max_suppressed=MAX_STOP_TOKEN_IDS + 1,
+        vocab_size=model.config.vocab_size,
         staging=staging,
     )
     decode = DecodeStep(model, kernels, cache, tables, config.max_rows)

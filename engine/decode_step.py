@@ -1,5 +1,7 @@
 """A decode step on the device: one block for each of a batch's rows. Reads and writes device tensors only."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,20 @@ from engine.kv_cache import KVCache
 from engine.model.block_decoder import DecodeBatch
 from engine.model.model import Model
 from kernels.dispatch import Kernels
+from kernels.logprobs import Logprobs
+
+
+class Written(NamedTuple):
+    """What a step wrote: tokens [R, L], whether their logits were finite [R], and logprobs [R, L, ...] if adjusted."""
+
+    tokens: Tensor
+    finite: Tensor
+    logprobs: Logprobs | None
+
+    def first(self, rows: int) -> "Written":
+        """The same of the first rows alone."""
+        told = self.logprobs and Logprobs(*(part[:rows] for part in self.logprobs))
+        return Written(self.tokens[:rows], self.finite[:rows], told)
 
 
 class DecodeStep:
@@ -23,8 +39,11 @@ class DecodeStep:
         self._tables = tables
         self._scratch = model.new_scratch(max_rows)
 
-    def run(self, row_index: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a block for each row of row_index [R] int32: tokens [R, L], and whether its logits were finite [R]."""
+    def run(self, row_index: Tensor, *, adjusted: bool = False) -> Written:
+        """Write a block for each row of row_index [R] int32.
+
+        `adjusted` also does what only some rows ask for: bias, penalties, logprobs. Other rows get the same tokens.
+        """
         tables, page_size = self._tables, self._cache.layout.page_size
         index = row_index.long()
         positions = tables.position[index]
@@ -36,22 +55,48 @@ class DecodeStep:
             page_table=tables.page_table,
         )
         context = self._model.decode(tables.last_block[index], batch, self._cache.keys, self._cache.values)
-        tokens, finite = self._write_block(context, row_index)
+        block = _Block(self._kernels, tables, row_index, adjusted=adjusted)
+        tokens = self._model.write_block(context, self._scratch, block.choose)
+        if not adjusted:
+            tables.advance(row_index, tokens)
+            return Written(tokens, block.finite, None)
+        logprobs = Logprobs(*(torch.stack(parts, dim=1) for parts in zip(*block.logprobs, strict=True)))
+        # As in `advance`, what is allocated comes before what is written: a step may be run again.
+        entries = tables.adjustments.entries(row_index, tokens, block.forced_length)
         tables.advance(row_index, tokens)
-        return tokens, finite
+        tables.adjustments.count(entries)
+        return Written(tokens, block.finite, logprobs)
 
-    def _write_block(self, context: Tensor, row_index: Tensor) -> tuple[Tensor, Tensor]:
-        tables, index = self._tables, row_index.long()
-        generated, forced_length = tables.generated[index], tables.forced_length[index]
-        forced_tokens = tables.forced_tokens[index]
-        finite = torch.ones_like(generated, dtype=torch.bool)
 
-        def choose(logits: Tensor, place: int) -> Tensor:
-            nonlocal finite
-            generated_index = generated + (place - forced_length).clamp(min=0)
-            chosen, row_finite = self._kernels.sample(logits, row_index, generated_index, tables.sampling)
-            forced = forced_length > place
-            finite = finite & (row_finite | forced)
-            return torch.where(forced, forced_tokens[:, place], chosen)
+class _Block:
+    """The choice of a block's tokens for rows `row_index` [R], one place after the other."""
 
-        return self._model.write_block(context, self._scratch, choose), finite
+    def __init__(self, kernels: Kernels, tables: BatchTables, row_index: Tensor, *, adjusted: bool) -> None:
+        index = row_index.long()
+        self._kernels = kernels
+        self._tables = tables
+        self._row_index = row_index
+        self._generated = tables.generated[index]
+        self._forced_tokens = tables.forced_tokens[index]
+        self.forced_length = tables.forced_length[index]
+        self.finite = torch.ones_like(self._generated, dtype=torch.bool)
+        self._wanted = tables.adjustments.wanted[index] if adjusted else None
+        self._written = row_index.new_empty(len(row_index), 0)
+        self.logprobs: list[Logprobs] = []
+
+    def choose(self, logits: Tensor, place: int) -> Tensor:
+        """Sample, or force, the token at this place: logits [R, V] -> [R]."""
+        scores = logits
+        if self._wanted is not None:
+            scores = self._kernels.adjust(logits, self._row_index, self._written, self._tables.adjustments.tables)
+        generated_index = self._generated + (place - self.forced_length).clamp(min=0)
+        chosen, row_finite = self._kernels.sample(scores, self._row_index, generated_index, self._tables.sampling)
+        forced = self.forced_length > place
+        self.finite = self.finite & (row_finite | forced)
+        tokens = torch.where(forced, self._forced_tokens[:, place], chosen)
+        if self._wanted is not None:
+            self.logprobs.append(self._kernels.top_logprobs(logits, tokens, self._wanted))
+            # A forced token is one of the prompt's, which are counted already.
+            counted = tokens.where(~forced, -1)[:, None]
+            self._written = torch.cat((self._written, counted), dim=1)
+        return tokens

@@ -1,4 +1,4 @@
-"""CUDA graphs of the decode step, one for each bucket of rows."""
+"""CUDA graphs of the decode step, one for each bucket of rows; and as many of the adjusted step, once it is needed."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.batch_tables import BatchTables
-from engine.decode_step import DecodeStep
+from engine.decode_step import DecodeStep, Written
 from engine.row_table import Int32
 from engine.staging import Staging
 
@@ -18,8 +18,7 @@ WARM_UP_RUNS = 2
 class _Captured:
     graph: torch.cuda.CUDAGraph
     row_index: Tensor
-    tokens: Tensor
-    finite: Tensor
+    written: Written
 
 
 def bucket_of(rows: int, max_rows: int) -> int:
@@ -43,34 +42,40 @@ class DecodeGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         # One for all captures: cuBLAS keeps a workspace for each stream that it has seen.
         self._warm_up_stream = torch.cuda.Stream()
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[tuple[bool, int], _Captured] = {}
+        """By whether the step is adjusted, and by bucket."""
 
     def capture_all(self) -> bool:
-        """Capture every bucket's graph, the largest first: the others find its memory in the pool. Always True.
+        """Capture every bucket's plain graph, the largest first: the others find its memory in the pool. Always True.
 
         A graph that memory does not suffice for is captured when it is needed.
         """
         for bucket in sorted({bucket_of(rows, self._max_rows) for rows in range(1, self._max_rows + 1)}, reverse=True):
-            if bucket not in self._captured:
-                self._captured[bucket] = self._capture(bucket)
+            if (False, bucket) not in self._captured:
+                self._captured[False, bucket] = self._capture(bucket)
         return True
 
-    def run(self, rows: Int32) -> tuple[Tensor, Tensor]:
+    def forget_adjusted(self) -> None:
+        """Drop the graphs of the adjusted step: they are of tables that are used no more."""
+        torch.cuda.synchronize(self._tables.device)
+        self._captured = {key: captured for key, captured in self._captured.items() if not key[0]}
+
+    def run(self, rows: Int32, *, adjusted: bool = False) -> Written:
         """As `DecodeStep.run`, for rows [R] on the host; what is returned is overwritten by the next run.
 
         Where a capture runs out of memory, no graph is kept and no row has changed.
         """
         bucket = bucket_of(len(rows), self._max_rows)
-        captured = self._captured.get(bucket)
+        captured = self._captured.get((adjusted, bucket))
         if captured is None:
-            captured = self._captured[bucket] = self._capture(bucket)
+            captured = self._captured[adjusted, bucket] = self._capture(bucket, adjusted=adjusted)
         padded = np.full(bucket, self._tables.padding_row, np.int32)
         padded[: len(rows)] = rows
         captured.row_index.copy_(self._staging.upload(padded, np.int32))
         captured.graph.replay()
-        return captured.tokens[: len(rows)], captured.finite[: len(rows)]
+        return captured.written.first(len(rows))
 
-    def _capture(self, bucket: int) -> _Captured:
+    def _capture(self, bucket: int, *, adjusted: bool = False) -> _Captured:
         # Only the padding row is written while warming up (which compiles kernels) and while capturing.
         row_index = torch.full((bucket,), self._tables.padding_row, dtype=torch.int32, device=self._tables.device)
         stream = self._warm_up_stream
@@ -78,7 +83,7 @@ class DecodeGraphs:
         try:
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP_RUNS):
-                    self._step.run(row_index)
+                    self._step.run(row_index, adjusted=adjusted)
         finally:
             # Also after running out of memory: what was launched by then writes to the scratch cache all the same.
             torch.cuda.current_stream().wait_stream(stream)
@@ -88,5 +93,5 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         # The outer context leads back to this stream: where ending a broken capture fails too, torch's own does not.
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
-            tokens, finite = self._step.run(row_index)
-        return _Captured(graph, row_index, tokens, finite)
+            written = self._step.run(row_index, adjusted=adjusted)
+        return _Captured(graph, row_index, written)

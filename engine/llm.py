@@ -8,16 +8,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.config import ModelConfig
 from engine.core import EngineCore
+from engine.evaluate import DocumentScore, cut_windows, window_score
 from engine.model_files import find_model, model_name
 from engine.options import resolve_options
 from engine.process_config import EngineOptions
+from engine.score_layout import window_length
 from engine.text_stream import TextStream
 from engine.tokenizer import Tokenizer
-from engine.types import SEED_RANGE, Delta, EngineInfo, GenerationRequest, InvalidRequestError, SamplingParams
+from engine.types import (
+    SEED_RANGE,
+    Delta,
+    EngineInfo,
+    GenerationRequest,
+    InvalidRequestError,
+    SamplingParams,
+    ScoreRequest,
+    pack_tokens,
+)
 from engine.validation import validate_request
 
 Prompt = str | Seq[int]
@@ -80,11 +92,13 @@ class LLM:
 
     def __init__(self, model: str | None = None, *, random_seed: int | None = None, **options: Any) -> None:
         directory = find_model(model)
-        config = resolve_options(EngineOptions(**options), ModelConfig.load(directory))
+        model_config = ModelConfig.load(directory)
+        config = resolve_options(EngineOptions(**options), model_config)
         self.tokenizer = Tokenizer.load(directory)
         self._core = EngineCore.load(model_name(model), directory, config, random_seed)
         self._max_waiting = config.max_waiting
         self._next_id = 0
+        self._model_config = model_config
 
     @property
     def info(self) -> EngineInfo:
@@ -126,6 +140,61 @@ class LLM:
                     yield text
                 if end is not None:
                     self._core.abort(opened.request.request_id)
+
+    def score(self, texts: Seq[Seq[int]], *, padding: int | None = None, progress: bool = True) -> list[list[float]]:
+        """The logprob of every token of each text (token ids) but its first, in nats.
+
+        With `padding` pads in front, fewer than a block, those of the first block's tokens are missing.
+
+        Raises InvalidRequestError for a text that cannot be scored, and MemoryError where the device has no room.
+        """
+        ids = range(self._next_id, self._next_id + len(texts))
+        requests = [
+            ScoreRequest(request_id=request_id, text=pack_tokens(text), padding=padding)
+            for request_id, text in zip(ids, texts, strict=True)
+        ]
+        self._next_id += len(requests)
+        places = {request.request_id: index for index, request in enumerate(requests)}
+        scores: list[list[float]] = [[] for _ in texts]
+        waiting = iter(requests)
+        try:
+            with self._progress(disable=not progress) as bar:
+                task, tokens = bar.add_task("scoring", total=len(texts), tokens=0), 0
+                self._feed_scores(waiting)
+                while self._core.has_work:
+                    report = self._core.step()
+                    for _, delta in report.scored if report else ():
+                        if delta.error is not None:
+                            raise MemoryError(delta.error)
+                        scores[places[delta.request_id]] = [one.logprob for one in delta.logprobs]
+                        tokens += len(delta.logprobs)
+                        bar.update(task, advance=1, tokens=tokens)
+                    self._feed_scores(waiting)
+        finally:
+            for request_id in places:
+                self._core.abort(request_id)
+        return scores
+
+    def evaluate(
+        self, documents: Seq[str], *, padding: int | None = None, progress: bool = True
+    ) -> list[DocumentScore]:
+        """How well the model predicts each document (`engine.evaluate`); `padding` as `score` has it."""
+        windows: list[list[int]] = []
+        owners: list[int] = []
+        for number, document in enumerate(documents):
+            token_ids = self.tokenizer.encode(document, add_special_tokens=False)
+            cut = cut_windows(token_ids, window_length(self._model_config, padding), self.info.eos_token_id)
+            windows += cut
+            owners += [number] * len(cut)
+        scores = [DocumentScore() for _ in documents]
+        told = self.score(windows, padding=padding, progress=progress)
+        for owner, token_ids, logprobs in zip(owners, windows, told, strict=True):
+            scores[owner].add(window_score(token_ids, logprobs, self.tokenizer))
+        return scores
+
+    def _feed_scores(self, waiting: Iterator[ScoreRequest]) -> None:
+        while self._core.load_now.waiting < self._max_waiting and (request := next(waiting, None)) is not None:
+            self._core.add([], [(request.request_id, request)])
 
     def _prepare(
         self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None
@@ -181,7 +250,8 @@ class LLM:
             MofNCompleteColumn(),
             TextColumn("{task.fields[tokens]} tokens"),
         )
-        return Progress(*columns, TimeRemainingColumn(), disable=disable, transient=True)
+        console = Console(stderr=True)
+        return Progress(*columns, TimeRemainingColumn(), disable=disable, transient=True, console=console)
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

@@ -11,7 +11,7 @@ from typing import Generic, Literal, TypeVar
 
 import msgspec
 
-from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, RejectCode, unpack_tokens
+from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, RejectCode, ScoreRequest, unpack_tokens
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
@@ -33,6 +33,7 @@ class Submit(_Message, frozen=True, kw_only=True):
 
     group_id: int
     requests: list[GenerationRequest]
+    scores: list[ScoreRequest] = []
 
 
 class Abort(_Message, frozen=True, kw_only=True):

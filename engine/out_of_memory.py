@@ -1,6 +1,11 @@
 """Which exceptions mean that memory ran out: the device's, or the host's where the host is the device."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
+
+T = TypeVar("T")
 
 _MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -21,6 +26,19 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         cause = cause.__context__
     return False
+
+
+def attempt(work: Callable[[], T], device: torch.device) -> T | None:
+    """Do it; None where memory ran out."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Only here, where the traceback is gone and with it what the attempt has allocated.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
 
 
 def _says_so(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ FIRST_BLOCKS = 64
 """Blocks a row has room for at first; doubled whenever a sequence comes that may have more."""
 
 Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
 
@@ -48,6 +49,10 @@ class RowTable:
         """Who gives back the row once no step in flight includes it."""
         self.has_stops: Flags = np.zeros(max_rows, bool)
         """Who may end at other tokens than end-of-text."""
+        self.wants_logprobs: Flags = np.zeros(max_rows, bool)
+        """Who is told the logprobs of its tokens."""
+        self.adjusted: Flags = np.zeros(max_rows, bool)
+        """Whose steps have to be adjusted ones: for bias, penalties or logprobs."""
 
     def place(
         self,
@@ -59,6 +64,8 @@ class RowTable:
         generated: int,
         max_tokens: int,
         has_stops: bool,
+        wants_logprobs: bool = False,
+        adjusted: bool = False,
     ) -> None:
         """Give the row to a sequence whose blocks [N, L] are known. It has neither pages nor positions yet."""
         if end_position >= self.blocks.shape[1]:
@@ -73,11 +80,30 @@ class RowTable:
         self.decoding[row] = self.leaving[row] = False
         self.open[row] = True
         self.has_stops[row] = has_stops
+        self.wants_logprobs[row] = wants_logprobs
+        self.adjusted[row] = adjusted
 
     def clear(self, row: int) -> None:
         """Nobody holds the row any more."""
         self.sequences[row] = None
         self.decoding[row] = self.open[row] = self.leaving[row] = False
+
+    def takes_whole(self, rows: Int32, blocks: Int32, finite: Flags, eos_token_id: int) -> Flags:
+        """Which of the rows take their block [L] of blocks [N, L] as it is, and go on, having had tokens before.
+
+        They are nearly all: the others begin, end or fail here, or may, or are to have more than tokens.
+        """
+        generated = self.generated[rows]
+        goes_on: Flags = finite & (generated > 0) & (generated + blocks.shape[1] < self.max_tokens[rows])
+        plain: Flags = ~(self.has_stops[rows] | self.wants_logprobs[rows])
+        no_end: Flags = (blocks != eos_token_id).all(axis=1)
+        return goes_on & plain & no_end & self.open[rows]
+
+    def append(self, rows: Int32, blocks: Int32, generated: int) -> None:
+        """Each of the rows knows its block of blocks [N, L], of which `generated` tokens are the answer's."""
+        self.blocks[rows, self.known[rows]] = blocks
+        self.known[rows] += 1
+        self.generated[rows] += generated
 
     def known_blocks(self, row: int) -> Int32:
         """The row's known blocks [N, L]; a view that the next `place` may leave behind."""

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from engine.batch_tables import BatchTables
 from engine.decode_limit import DecodeLimit
-from engine.decode_step import DecodeStep
+from engine.decode_step import DecodeStep, Written
 from engine.graphs import DecodeGraphs
 from engine.kv_cache import NULL_PAGE, KVCache
 from engine.model.block_decoder import PrefillBatch
 from engine.model.model import Model
-from engine.out_of_memory import is_out_of_memory
+from engine.out_of_memory import attempt
 from engine.row_table import Flags, Int32
 from engine.sequence import Sequence
 from engine.staging import Staging
-from engine.step_plan import PrefillChunk, StepPlan
+from engine.step_plan import BlockLogprobs, PrefillChunk, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ class StepTokens:
     finite: Flags
     failed: Collection[Sequence]
     """Sequences that the device had not the memory for; they cannot go on."""
+    logprobs: BlockLogprobs | None
+    """Of the tokens, where the step was an adjusted one."""
 
 
 class StepInFlight:
@@ -54,29 +56,36 @@ class StepInFlight:
         self.failed: set[Sequence] = set()
         """Known at once, without waiting for the device."""
         self._shape = (len(plan.decode), block_length)
-        self._parts: list[tuple[NDArray[np.intp], Tensor, Tensor]] = []
+        self._parts: list[tuple[NDArray[np.intp], list[Tensor]]] = []
         self._arrived: torch.cuda.Event | None = None
 
-    def add(self, places: NDArray[np.intp], tokens: Tensor, finite: Tensor) -> None:
-        """Take what the rows at these places of the plan wrote: tokens [rows, L], finite [rows], on the device."""
-        if tokens.device.type == "cuda":
+    def add(self, places: NDArray[np.intp], written: Written) -> None:
+        """Take what the rows at these places of the plan wrote, on the device."""
+        tensors = [written.tokens, written.finite, *(written.logprobs or ())]
+        if written.tokens.device.type == "cuda":
             # Into memory of this step's own: a graph's outputs are overwritten by the next run.
-            tokens_here = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            finite_here = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
-            tokens, finite = tokens_here.copy_(tokens, non_blocking=True), finite_here.copy_(finite, non_blocking=True)
+            tensors = [
+                torch.empty(one.shape, dtype=one.dtype, pin_memory=True).copy_(one, non_blocking=True)
+                for one in tensors
+            ]
             self._arrived = self._arrived or torch.cuda.Event()
             self._arrived.record()
-        self._parts.append((places, tokens, finite))
+        self._parts.append((places, tensors))
 
     def wait(self) -> StepTokens:
         """The tokens, once the device has written them."""
         if self._arrived is not None:
             self._arrived.synchronize()
         tokens, finite = np.zeros(self._shape, np.int32), np.ones(self._shape[0], bool)
-        for places, part, part_finite in self._parts:
+        logprobs: BlockLogprobs | None = None
+        for places, (part, part_finite, *told) in self._parts:
             tokens[places] = part.numpy()
             finite[places] = part_finite.numpy()
-        return StepTokens(tokens, finite, self.failed)
+            if told:
+                logprobs = logprobs or BlockLogprobs.of_shape(self._shape)
+                for whole, one in zip(logprobs, told, strict=True):
+                    whole[places] = one.numpy()
+        return StepTokens(tokens, finite, self.failed, logprobs)
 
 
 class Runner:
@@ -128,11 +137,13 @@ class Runner:
         """
         step = StepInFlight(plan, self._block_length)
         with self._staging.step():
-            self._tables.bind(plan.bound)
+            if self._attempt(partial(self._make_room, plan.bound)) is None:
+                step.failed.update(sequence for sequence in plan.bound if sequence.request.params.adjusts)
+            self._tables.bind([sequence for sequence in plan.bound if sequence not in step.failed])
             self._tables.set_pages(plan.page_entries)
             chunks = plan.prefill
-            if given_up:
-                chunks = [chunk for chunk in chunks if chunk.sequence not in given_up]
+            if given_up or step.failed:
+                chunks = [c for c in chunks if c.sequence not in given_up and c.sequence not in step.failed]
             self._prefill(chunks, step)
             places = np.arange(len(plan.decode))
             if given_up or step.failed:
@@ -145,15 +156,7 @@ class Runner:
 
     def _attempt(self, work: Callable[[], T]) -> T | None:
         """Do it; None where memory ran out. Work that can be attempted changes nothing that a second run would miss."""
-        try:
-            return work()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        # Only here, where the traceback is gone and with it what the attempt has allocated.
-        if self._tables.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
+        return attempt(work, self._tables.device)
 
     def _prefill(self, chunks: Seq[PrefillChunk], step: StepInFlight) -> None:
         """Run the chunks at once, or, where memory does not suffice for that, each by itself."""
@@ -168,9 +171,9 @@ class Runner:
         start = 0
         while start < len(places):
             part = places[start : start + self._limit.rows]
-            written = self._attempt(partial(self._run_rows, plan.rows[part]))
+            written = self._attempt(partial(self._run_rows, plan.rows[part], adjusted=plan.adjusted))
             if written is not None:
-                step.add(part, *written)
+                step.add(part, written)
             else:
                 self._limit.ran_out(len(part))
                 if len(part) > 1:
@@ -203,10 +206,16 @@ class Runner:
         )
         return upload(np.zeros((positions, self._block_length)), np.int32), batch
 
-    def _run_rows(self, rows: Int32) -> tuple[Tensor, Tensor]:
+    def _make_room(self, bound: Seq[Sequence]) -> bool:
+        """Always True, for `_attempt`."""
+        if self._tables.adjustments.make_room(bound) and self._graphs is not None:
+            self._graphs.forget_adjusted()
+        return True
+
+    def _run_rows(self, rows: Int32, *, adjusted: bool) -> Written:
         if self._graphs is not None:
-            return self._graphs.run(rows)
-        return self._decode.run(self._staging.upload(rows, np.int32))
+            return self._graphs.run(rows, adjusted=adjusted)
+        return self._decode.run(self._staging.upload(rows, np.int32), adjusted=adjusted)
 
     def _run_chunks(self, chunks: Seq[PrefillChunk]) -> bool:
         """Always True, for `_attempt`."""

@@ -11,8 +11,8 @@ from collections.abc import Collection, Hashable
 from collections.abc import Sequence as Seq
 from operator import attrgetter
 
+import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.admission import AdmissionRule, Occupancy, may_admit
 from engine.deltas import StepDeltas
@@ -22,7 +22,7 @@ from engine.prefix_cache import PrefixCache
 from engine.row_table import Flags, Int32, RowTable
 from engine.sequence import Sequence, SequenceState
 from engine.step_budget import StepBudget
-from engine.step_plan import PrefillChunk, StepPlan
+from engine.step_plan import BlockLogprobs, PrefillChunk, StepPlan
 from engine.types import Delta, InvalidRequestError, Timing
 from engine.waiting_queue import WaitingQueue
 
@@ -149,6 +149,7 @@ class Scheduler:
         while budget and (admitted := self._admit(plan, now)) is not None:
             budget -= self._plan_prompt(plan, admitted, budget, first_decodes)
         self._decode(plan, np.array(first_decodes, np.int32))
+        plan.adjusted = bool(self._rows.adjusted[plan.rows].any())
         if not plan.decode and not plan.prefill:
             return None
         self._planned += 1
@@ -162,13 +163,14 @@ class Scheduler:
         finite: Seq[bool] | Flags,
         now: float,
         failed: Collection[Sequence] = (),
+        logprobs: BlockLogprobs | None = None,
     ) -> StepDeltas:
         """Take the result of the oldest step in flight: what it added to each sequence that was not finished.
 
         `tokens` [rows, L] and `finite` [rows] go with `plan.decode`: a whole block, forced tokens included, and whether
-        its logits were finite. The device had no memory for what `failed` names, sequences of the plan: they end here,
-        and their tokens are not looked at. Raises ValueError for another plan or other lengths, before anything is
-        changed.
+        its logits were finite; so do the `logprobs` of an adjusted step. The device had no memory for what `failed`
+        names, sequences of the plan: they end here, and their tokens are not looked at. Raises ValueError for another
+        plan or other lengths, before anything is changed.
         """
         if not self._steps or self._steps[0] is not plan:
             raise ValueError("steps have to be committed once each, in the order they were scheduled")
@@ -182,12 +184,18 @@ class Scheduler:
             self._land(np.array([chunk.sequence.bound_row]))
         blocks = np.asarray(tokens, np.int32).reshape(-1, self._block_length)
         good = np.asarray(finite, bool)
-        whole = self._takes_whole(plan.rows, blocks, good)
+        whole = self._rows.takes_whole(plan.rows, blocks, good, self._eos_token_id)
         for place in np.flatnonzero(~whole & self._rows.open[plan.rows]):
             sequence = plan.decode[place]
-            others.append((sequence, self._commit_block(sequence, blocks[place], bool(good[place]), now)))
+            skipped = len(sequence.forced)
+            delta = self._commit_block(sequence, blocks[place], bool(good[place]), now)
+            top = sequence.request.params.logprobs
+            if logprobs is not None and top is not None:
+                told = logprobs.of_row(place, skipped, skipped + len(delta.token_ids), top)
+                delta = msgspec.structs.replace(delta, logprobs=told)
+            others.append((sequence, delta))
         rows, blocks = plan.rows[whole], blocks[whole]
-        self._append(rows, blocks)
+        self._rows.append(rows, blocks, blocks.shape[1])
         deltas = StepDeltas(self._rows.sequences[rows].tolist(), blocks, others)
         self._land(plan.rows)
         return deltas
@@ -371,20 +379,6 @@ class Scheduler:
         sequence.pages += pages
         self._rows.page_positions[row] = len(sequence.pages) * self._page_size
 
-    def _takes_whole(self, rows: Int32, blocks: Int32, finite: Flags) -> Flags:
-        """Which of the rows take their block as it is and go on, having had tokens before: nearly all of them."""
-        table = self._rows
-        generated = table.generated[rows]
-        goes_on: Flags = finite & (generated > 0) & (generated + self._block_length < table.max_tokens[rows])
-        no_end: NDArray[np.bool_] = ~table.has_stops[rows] & (blocks != self._eos_token_id).all(axis=1)
-        return goes_on & no_end & table.open[rows]
-
-    def _append(self, rows: Int32, blocks: Int32) -> None:
-        table = self._rows
-        table.blocks[rows, table.known[rows]] = blocks
-        table.known[rows] += 1
-        table.generated[rows] += self._block_length
-
     def _commit_block(self, sequence: Sequence, block: Int32, finite: bool, now: float) -> Delta:
         if not finite:
             return self._fail(sequence, NON_FINITE_ERROR)
@@ -392,11 +386,10 @@ class Scheduler:
         new = block.tolist()[len(sequence.forced) :]
         sequence.forced = ()
         cut = cut_answer(new, generated, sequence.request.params, sequence.stop_token_ids, self._eos_token_id)
-        self._rows.generated[row] += len(cut.token_ids)
         if cut.finish_reason is None:
-            self._rows.blocks[row, self._rows.known[row]] = block
-            self._rows.known[row] += 1
+            self._rows.append(np.array([row]), block[None], len(cut.token_ids))
         else:
+            self._rows.generated[row] += len(cut.token_ids)
             self._finish(sequence)
         return Delta(
             request_id=sequence.request.request_id,

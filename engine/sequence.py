@@ -108,14 +108,18 @@ class Sequence:
 
     def take_row(self, row: int, table: RowTable) -> None:
         """Hold the row from now on."""
+        params = self.request.params
+        wants_logprobs = params.logprobs is not None
         table.place(
             row,
             self,
             self._blocks,
             end_position=self.end_position,
             generated=self._generated,
-            max_tokens=self.request.params.max_tokens,
+            max_tokens=params.max_tokens,
             has_stops=bool(self.stop_token_ids),
+            wants_logprobs=wants_logprobs,
+            adjusted=wants_logprobs or params.adjusts,
         )
         self.row, self._table = row, table
 

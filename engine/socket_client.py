@@ -24,7 +24,7 @@ from engine.messages import (
     from_engine_reader,
 )
 from engine.router import choose_engine
-from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest
+from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, ScoreRequest
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +100,15 @@ class _Connection:
                 self._lost()
             await asyncio.sleep(RECONNECT_SECONDS)
 
-    async def submit(self, group_id: int, requests: Sequence[GenerationRequest]) -> SocketAnswers:
-        answers = SocketAnswers(self, [request.request_id for request in requests])
+    async def submit(
+        self, group_id: int, requests: Sequence[GenerationRequest], scores: Sequence[ScoreRequest]
+    ) -> SocketAnswers:
+        request_ids = [request.request_id for request in requests] + [score.request_id for score in scores]
+        answers = SocketAnswers(self, request_ids)
         accepted = self._waiting[group_id] = asyncio.get_running_loop().create_future()
-        self._answers.update((request.request_id, answers) for request in requests)
-        self.unseen += len(requests)
-        self._send(Submit(group_id=group_id, requests=list(requests)))
+        self._answers.update((request_id, answers) for request_id in request_ids)
+        self.unseen += len(request_ids)
+        self._send(Submit(group_id=group_id, requests=list(requests), scores=list(scores)))
         try:
             await accepted
         except BaseException:
@@ -220,7 +223,7 @@ class SocketEngineClient:
         """An id that no other request of this process has."""
         return next(self._request_ids)
 
-    async def submit(self, requests: Sequence[GenerationRequest]) -> SocketAnswers:
+    async def submit(self, requests: Sequence[GenerationRequest], scores: Sequence[ScoreRequest] = ()) -> SocketAnswers:
         """Hand a group to an engine, which takes all of it or nothing; one whose queue is full leaves it to another.
 
         Raises EngineRejectedError with the engine's reason, or EngineUnavailableError if no engine is up.
@@ -230,7 +233,7 @@ class SocketEngineClient:
         while up := [connection for connection in self._connections if connection.up and connection not in asked]:
             connection = up[choose_engine([c.expected_load for c in up])]
             try:
-                return await connection.submit(next(self._group_ids), requests)
+                return await connection.submit(next(self._group_ids), requests, scores)
             except EngineRejectedError as error:
                 if error.code != "queue_full":
                     raise

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.row_table import Int32
+from engine.row_table import Float32, Int32
 from engine.sequence import Sequence
+from engine.types import MAX_LOGPROBS, TokenLogprobs
 
 
 class PrefillChunk(NamedTuple):
@@ -18,6 +19,34 @@ class PrefillChunk(NamedTuple):
     """First position."""
     length: int
     """Positions, at least one."""
+
+
+class BlockLogprobs(NamedTuple):
+    """For each token of each row's block: its logprob [rows, L], and the likeliest [rows, L, MAX_LOGPROBS].
+
+    Rows that did not ask have no meaningful ones; behind as many as a row asked for stand ids of -1.
+    """
+
+    chosen: Float32
+    ids: Int32
+    values: Float32
+
+    @classmethod
+    def of_shape(cls, shape: tuple[int, int]) -> "BlockLogprobs":
+        """To be filled, for [rows, L]."""
+        top = (*shape, MAX_LOGPROBS)
+        return cls(np.zeros(shape, np.float32), np.full(top, -1, np.int32), np.zeros(top, np.float32))
+
+    def of_row(self, row: int, start: int, end: int, top: int) -> tuple[TokenLogprobs, ...]:
+        """Those of the tokens from `start` to before `end` of a row's block, with the `top` likeliest."""
+        chosen, ids = self.chosen[row, start:end].tolist(), self.ids[row, start:end, :top].tolist()
+        values = self.values[row, start:end, :top].tolist()
+        # A vocabulary may have fewer than were asked for.
+        told = [sum(one >= 0 for one in line) for line in ids]
+        return tuple(
+            TokenLogprobs(logprob, tuple(some[:number]), tuple(their[:number]))
+            for logprob, some, their, number in zip(chosen, ids, values, told, strict=True)
+        )
 
 
 def _no_rows() -> Int32:
@@ -41,6 +70,9 @@ class StepPlan:
     """The rows of `decode`."""
     decode_positions: Int32 = field(default_factory=_no_rows)
     """For each of `decode`, the position it decodes."""
+
+    adjusted: bool = False
+    """Whether one of `decode` asks for bias, penalties or logprobs."""
 
     @property
     def positions(self) -> int:

@@ -1,13 +1,15 @@
 """Text to token ids and back, over the tokenizers library. Torch-free."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
 
 from engine.detokenizer import ByteLevelDecoder, IncrementalDecoder, StreamDecoder, byte_level_table
 from engine.token_bounds import longest_token_bytes
+from engine.token_names import namer, token_names
 from engine.types import InvalidRequestError
 
 SPECIAL_TOKENS = ("eos_token", "bos_token", "pad_token", "unk_token")
@@ -95,9 +97,27 @@ class Tokenizer:
         """The text of all these ids at once. Ids outside the vocabulary stand for nothing."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def text_bytes(self, token_ids: Sequence[int]) -> int:
+        """Bytes of UTF-8 that these tokens stand for; special tokens for none."""
+        table = self._token_bytes[True]
+        if table is None:
+            return len(self.decode(token_ids).encode())
+        return sum(len(table[token]) for token in token_ids if token < len(table))
+
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         """How the vocabulary spells each token, which is not its text; "" for ids outside of it."""
         return [self._tokenizer.id_to_token(token) or "" for token in token_ids]
+
+    @cached_property
+    def token_name(self) -> Callable[[int], str]:
+        """What a token is called where it stands alone (`engine.token_names`)."""
+        contents: Sequence[bytes | str] | None = self._token_bytes[False]
+        if contents is None:
+            # Alone, bytes that are part of a character read U+FFFD: such tokens are called as the vocabulary has them.
+            texts = self._tokenizer.decode_batch([[token] for token in range(self.vocab_size)], False)
+            spelled = self.token_strings(range(self.vocab_size))
+            contents = [name if "\ufffd" in text else text for text, name in zip(texts, spelled, strict=True)]
+        return namer(token_names(contents))
 
     def new_decoder(self, *, skip_special_tokens: bool = True) -> IncrementalDecoder:
         """Decodes one answer as it comes."""

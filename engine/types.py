@@ -20,6 +20,12 @@ SEED_RANGE = 1 << 63
 MAX_STOP_TOKEN_IDS = 64
 """Stop token ids a request may name: with EOS, the width of a table on the device."""
 
+MAX_LOGIT_BIAS = 300
+"""Tokens whose logits a request may shift: the width of a table on the device."""
+
+MAX_LOGPROBS = 20
+"""Likeliest tokens that a request may ask the logprobs of."""
+
 
 class InvalidRequestError(ValueError):
     """A request that cannot be served as it stands. `param` names the field at fault."""
@@ -48,6 +54,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     temperature 0 is greedy (lowest id among equals). top_k 0, top_p 1 and min_p 0 are off. `seed` None means that
     whoever submits the request draws one. `stop` strings are matched on text, so they are the business of
     `engine.text_stream`, not of the scheduler; everything else here is enforced by the engine.
+
+    Logits are changed in this order, for greedy answers too: bias, penalties, temperature, thresholds. presence_penalty
+    and frequency_penalty look at the answer so far, repetition_penalty at the prompt too; 0, 0 and 1 are off.
+    `logprobs` is how many of the likeliest tokens are told with each token's own logprob; None tells nothing. They are
+    the model's: of the logits before any of this.
     """
 
     max_tokens: int = 16
@@ -60,6 +71,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, and what is added to their logits."""
+    logprobs: int | None = None
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before the temperature: by bias or penalties."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
+        return bool(self.logit_bias) or penalties != (0, 0, 1)
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +125,22 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         return unpack_tokens(self.prompt)
 
 
+class ScoreRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A text whose tokens' logprobs are asked for: of all but the first, or the first block's (`padding`).
+
+    The answer is one delta without tokens, whose `logprobs` are those, or an error. `request_id` is as a
+    GenerationRequest's, and other than any of those.
+    """
+
+    request_id: int
+    text: bytes
+    """Token ids, packed by `pack_tokens`."""
+    top: int = 0
+    """How many of the likeliest tokens are told with each, 0 to MAX_LOGPROBS."""
+    padding: int | None = None
+    """Pads in front, fewer than a block. None: what predicts every token but the first. The first block's never are."""
+
+
 class Timing(msgspec.Struct, frozen=True):
     """Where the time before a request's first tokens went, in seconds."""
 
@@ -109,6 +148,14 @@ class Timing(msgspec.Struct, frozen=True):
     """From arrival at the engine to the first step that worked on it."""
     prefill: float
     """From that step's start to the first tokens."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """A token's logprob, and the likeliest tokens in its place, the best first and equals in order of ids."""
+
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +173,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     timing: Timing | None = None
     cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each of `token_ids` where the request asked for them; or those of a ScoreRequest."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,11 +1,19 @@
 """Which requests can be served: checked by the front end, by the offline API, and again at the engine's boundary."""
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.types import MAX_STOP_TOKEN_IDS, SEED_RANGE, InvalidRequestError, SamplingParams
+from engine.types import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+    SEED_RANGE,
+    InvalidRequestError,
+    SamplingParams,
+)
 
 Tokens = Sequence[int] | NDArray[np.int32]
 
@@ -33,6 +41,21 @@ def unpack_prompt(packed: bytes) -> NDArray[np.int32]:
     return np.frombuffer(packed, np.int32)
 
 
+def validate_padding(padding: int | None, block_length: int) -> None:
+    """Raise InvalidRequestError for pads in front of a text that are a block or more."""
+    if padding is not None:
+        _check_integer("padding", padding, 0, block_length - 1)
+
+
+def validate_score(token_ids: Tokens, top: int, *, vocab_size: int, max_length: int) -> None:
+    """Raise InvalidRequestError, naming the field, for a text that cannot be scored. `max_length` is in tokens."""
+    _check_integer("logprobs", top, 0, MAX_LOGPROBS)
+    _check_prompt(token_ids, vocab_size)
+    if len(token_ids) > max_length:
+        message = f"the text has {len(token_ids)} tokens, but at most {max_length} can be scored at once"
+        raise InvalidRequestError("prompt", message)
+
+
 def validate_request(token_ids: Tokens, params: SamplingParams, *, vocab_size: int, max_length: int) -> None:
     """Raise InvalidRequestError, naming the field, for a prompt and parameters that cannot be served together.
 
@@ -44,6 +67,9 @@ def validate_request(token_ids: Tokens, params: SamplingParams, *, vocab_size: i
     _check_integer("top_k", params.top_k, -1, MAX_TOP_K)
     if params.seed is not None:
         _check_integer("seed", params.seed, 0, SEED_RANGE - 1)
+    _check_adjustments(params, vocab_size)
+    if params.logprobs is not None:
+        _check_integer("logprobs", params.logprobs, 0, MAX_LOGPROBS)
     _check_stops(params, vocab_size)
     _check_prompt(token_ids, vocab_size)
     _check_lengths(len(token_ids), params, max_length)
@@ -56,6 +82,20 @@ def _check_prompt(token_ids: Tokens, vocab_size: int) -> None:
         _check_tokens("prompt", token_ids, vocab_size)
     elif token_ids.min() < 0 or token_ids.max() >= vocab_size:
         _check_tokens("prompt", token_ids.tolist(), vocab_size)
+
+
+def _check_adjustments(params: SamplingParams, vocab_size: int) -> None:
+    _check_number("presence_penalty", params.presence_penalty, -2, 2)
+    _check_number("frequency_penalty", params.frequency_penalty, -2, 2)
+    _check_number("repetition_penalty", params.repetition_penalty, 0, sys.float_info.max, above=True)
+    bias = params.logit_bias
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise InvalidRequestError(
+            "logit_bias", f"logit_bias holds {len(bias)} tokens; at most {MAX_LOGIT_BIAS} are allowed"
+        )
+    _check_tokens("logit_bias", [token for token, _ in bias], vocab_size)
+    for _, value in bias:
+        _check_number("logit_bias", value, -100, 100)
 
 
 def _check_stops(params: SamplingParams, vocab_size: int) -> None:
@@ -121,7 +161,8 @@ def _check_number(param: str, value: object, low: float, high: float, *, above: 
         or (above and value == low)
     ):
         start = f"above {low}" if above else f"from {low}"
-        raise InvalidRequestError(param, f"{param} has to be a number {start} to {high}, not {_show(value)}")
+        end = "" if high == sys.float_info.max else f" to {high}"
+        raise InvalidRequestError(param, f"{param} has to be a number {start}{end}, not {_show(value)}")
 
 
 def _is_text(value: object) -> bool:

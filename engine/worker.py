@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Hashable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -38,7 +40,6 @@ from engine.metrics import MetricsRecorder
 from engine.model_files import read_ahead
 from engine.process_config import EngineProcessConfig, read_process_config
 from engine.scheduler import QueueFullError
-from engine.sequence import Sequence
 from engine.types import Delta, InvalidRequestError
 from engine.watchdog import StepWatchdog, step_fields
 
@@ -119,7 +120,7 @@ class EngineWorker:
                     self._open[peer_id].discard(request_id)
 
     def _submit(self, peer_id: int, message: Submit) -> Accepted | Rejected:
-        ids = [request.request_id for request in message.requests]
+        ids = [one.request_id for one in message.requests] + [one.request_id for one in message.scores]
         group = message.group_id
         if self._deadline is not None:
             return Rejected(group_id=group, code="unavailable", message="the server is shutting down")
@@ -127,7 +128,10 @@ class EngineWorker:
             text = "a group needs at least one request, each with an id that no open request has"
             return Rejected(group_id=group, code="invalid", message=text, param="request_id")
         try:
-            self._core.add([((peer_id, request.request_id), request) for request in message.requests])
+            self._core.add(
+                [((peer_id, request.request_id), request) for request in message.requests],
+                [((peer_id, request.request_id), request) for request in message.scores],
+            )
         except InvalidRequestError as error:
             return Rejected(group_id=group, code="invalid", message=error.message, param=error.param)
         except QueueFullError as error:
@@ -150,17 +154,18 @@ class EngineWorker:
         if report is None:
             return False
         self.last_step = time.time()
-        for sequence, delta in report.deltas.others:
-            peer_id, request_id = _peer_and_id(sequence)
+        ends = [(sequence.key, delta) for sequence, delta in report.deltas.others] + report.scored
+        for key, delta in ends:
+            peer_id, request_id = _peer_and_id(key)
             if delta.finish_reason is not None and peer_id in self._open:
                 self._open[peer_id].discard(request_id)
         self._meter.count_step(rows=report.rows, tokens=report.deltas.tokens, seconds=report.seconds)
-        self._publish(report.deltas)
-        return bool(report.deltas)
+        self._publish(report.deltas, report.scored)
+        return bool(report.deltas or report.scored)
 
-    def _publish(self, deltas: StepDeltas | None) -> None:
+    def _publish(self, deltas: StepDeltas | None, scored: Seq[tuple[Hashable, Delta]] = ()) -> None:
         load = self._core.load_now
-        parts = {} if deltas is None else _by_peer(deltas)
+        parts = {} if deltas is None else _by_peer(deltas, scored)
         for peer_id in self._open:
             part = parts.get(peer_id, _PeerDeltas())
             blocks = b"" if deltas is None else deltas.blocks[part.places].tobytes()
@@ -179,20 +184,22 @@ class _PeerDeltas:
     """Which of the step's blocks go to `request_ids`."""
 
 
-def _by_peer(deltas: StepDeltas) -> dict[int, _PeerDeltas]:
+def _by_peer(deltas: StepDeltas, scored: Seq[tuple[Hashable, Delta]]) -> dict[int, _PeerDeltas]:
     parts: dict[int, _PeerDeltas] = defaultdict(_PeerDeltas)
     for sequence, delta in deltas.others:
-        parts[_peer_and_id(sequence)[0]].deltas.append(delta)
+        parts[_peer_and_id(sequence.key)[0]].deltas.append(delta)
+    for key, delta in scored:
+        parts[_peer_and_id(key)[0]].deltas.append(delta)
     for place, sequence in enumerate(deltas.sequences):
-        peer_id, request_id = _peer_and_id(sequence)
+        peer_id, request_id = _peer_and_id(sequence.key)
         part = parts[peer_id]
         part.request_ids.append(request_id)
         part.places.append(place)
     return parts
 
 
-def _peer_and_id(sequence: Sequence) -> tuple[int, int]:
-    return cast(tuple[int, int], sequence.key)  # the keys are those that _submit made
+def _peer_and_id(key: Hashable) -> tuple[int, int]:
+    return cast(tuple[int, int], key)  # the keys are those that _submit made
 
 
 def report_status(worker: EngineWorker, control: ControlChannel, stop: threading.Event) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.adjust import AdjustmentTables, adjust, triton_adjust
 from kernels.block_embedding import block_embedding, triton_block_embedding
 from kernels.decode_attention import paged_decode_attention, triton_paged_decode_attention
 from kernels.gelu import gelu_into, triton_gelu_into
@@ -19,6 +20,7 @@ from kernels.layer_norm import (
 )
 from kernels.linear import linear
 from kernels.local_attention import rotary_local_attention, triton_rotary_local_attention
+from kernels.logprobs import Logprobs, top_logprobs, triton_top_logprobs
 from kernels.prefill_attention import paged_prefill_attention, triton_paged_prefill_attention
 from kernels.rotary import rotary_paged_write, triton_rotary_paged_write
 from kernels.sampler import SamplingTables, sample, triton_sample
@@ -41,6 +43,8 @@ class Kernels:
     paged_prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
     rotary_local_attention: Callable[[Tensor, int, Tensor, Tensor, Tensor, float, Tensor], None]
     sample: Callable[[Tensor, Tensor, Tensor, SamplingTables], tuple[Tensor, Tensor]]
+    adjust: Callable[[Tensor, Tensor, Tensor, AdjustmentTables], Tensor]
+    top_logprobs: Callable[[Tensor, Tensor, Tensor], Logprobs]
 
 
 def torch_kernels() -> Kernels:
@@ -56,6 +60,8 @@ def torch_kernels() -> Kernels:
         paged_prefill_attention=paged_prefill_attention,
         rotary_local_attention=rotary_local_attention,
         sample=sample,
+        adjust=adjust,
+        top_logprobs=top_logprobs,
     )
 
 
@@ -77,6 +83,8 @@ def triton_kernels() -> Kernels:
         paged_prefill_attention=triton_paged_prefill_attention,
         rotary_local_attention=triton_rotary_local_attention,
         sample=triton_sample,
+        adjust=triton_adjust,
+        top_logprobs=triton_top_logprobs,
     )
 
 

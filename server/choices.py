@@ -9,8 +9,9 @@ import msgspec
 
 from engine.metrics import MetricsRecorder
 from engine.text_stream import TextStream
-from engine.types import SEED_RANGE, Delta, GenerationRequest, SamplingParams
+from engine.types import SEED_RANGE, Delta, GenerationRequest, SamplingParams, ScoreRequest, TokenLogprobs, pack_tokens
 from server.answer_metrics import AnswerMetrics, PromptTally
+from server.logprobs import LogprobsWriter
 
 
 class Piece(NamedTuple):
@@ -20,6 +21,17 @@ class Piece(NamedTuple):
     token_ids: tuple[int, ...] = ()
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: int | str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the tokens, if they were asked for."""
+
+
+@dataclass
+class PromptScore:
+    """What the engine says of a prompt's tokens."""
+
+    request: ScoreRequest
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """Of all but the first; None as long as they are not there."""
 
 
 class PreparedPrompt(NamedTuple):
@@ -39,8 +51,16 @@ class Choice:
     request: GenerationRequest
     stream: TextStream
     metrics: AnswerMetrics
+    logprobs: LogprobsWriter | None = None
+    """Where logprobs were asked for."""
     echo: str = ""
     """The prompt's text where it is to come with the first piece, which takes it from here."""
+    echo_length: int = 0
+    """Characters of `echo`."""
+    score: PromptScore | None = None
+    """Of its prompt, which other answers may share, where that is asked for. Told with the first piece."""
+    held: list[Piece] = field(default_factory=list)
+    """Waiting for the prompt's score."""
     pieces: list[Piece] = field(default_factory=list)
     """Kept only where the whole answer is sent at once."""
     tokens: int = 0
@@ -49,6 +69,14 @@ class Choice:
     begun: bool = False
     """Whether a body of it has gone out."""
     finish_reason: Literal["stop", "length"] | None = None
+
+    def release(self, pieces: list[Piece]) -> list[Piece]:
+        """What can go out, now that these pieces have come (or the score has): nothing before the prompt's score."""
+        self.held += pieces
+        if self.score is not None and self.score.logprobs is None:
+            return []
+        pieces, self.held = self.held, []
+        return pieces
 
     def take(self, delta: Delta, now: float, *, each_token: bool) -> list[Piece]:
         """The pieces that a delta without an error adds: one, or one a token.
@@ -69,6 +97,8 @@ class Choice:
                 piece = Piece(text, token_ids, part.finish_reason, part.stop_reason)
             else:
                 piece = Piece(text, token_ids)
+            if part.logprobs:
+                piece = piece._replace(logprobs=part.logprobs[: update.tokens])
             pieces.append(piece)
             if piece.finish_reason is not None:
                 self.finish_reason = piece.finish_reason
@@ -86,19 +116,26 @@ def make_choices(
     n: int,
     *,
     priority: int,
+    score_top: int | None,
     cache_salt: str = "",
     new_stream: Callable[[SamplingParams], TextStream],
+    new_logprobs: Callable[[], LogprobsWriter | None],
     recorder: MetricsRecorder,
     next_request_id: Callable[[], int],
     arrival: float,
 ) -> list[Choice]:
     """n answers to every prompt, in prompt-major order.
 
+    `score_top` is how many of the likeliest tokens are asked for at each of the prompt's; None for no score.
+
     Answer i to a prompt has the seed (seed + i) mod 2^63; without a seed each draws its own.
     """
     choices: list[Choice] = []
     for token_ids, params, echo in prompts:
         tally = PromptTally(len(token_ids))
+        score: PromptScore | None = None
+        if score_top is not None:
+            score = PromptScore(ScoreRequest(request_id=next_request_id(), text=pack_tokens(token_ids), top=score_top))
         for number in range(n):
             seed = secrets.randbelow(SEED_RANGE) if params.seed is None else (params.seed + number) % SEED_RANGE
             request = GenerationRequest.of(
@@ -110,12 +147,13 @@ def make_choices(
                 cache_salt=cache_salt,
             )
             metrics = AnswerMetrics(recorder, tally, arrival)
-            choices.append(Choice(len(choices), request, new_stream(params), metrics, echo))
+            choice = Choice(len(choices), request, new_stream(params), metrics, new_logprobs(), echo, len(echo), score)
+            choices.append(choice)
     return choices
 
 
 def _split(delta: Delta) -> Iterator[Delta]:
     """The delta as one delta a token, of which only the last has the end."""
-    for token in delta.token_ids[:-1]:
-        yield Delta(request_id=delta.request_id, token_ids=(token,))
-    yield msgspec.structs.replace(delta, token_ids=delta.token_ids[-1:])
+    for place, token in enumerate(delta.token_ids[:-1]):
+        yield Delta(request_id=delta.request_id, token_ids=(token,), logprobs=delta.logprobs[place : place + 1])
+    yield msgspec.structs.replace(delta, token_ids=delta.token_ids[-1:], logprobs=delta.logprobs[-1:])

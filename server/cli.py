@@ -1,4 +1,4 @@
-"""The command `blockserve`: serve, generate, bench, version."""
+"""The command `blockserve`: serve, generate, eval, bench, version."""
 
 import argparse
 import itertools
@@ -6,9 +6,11 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import engine
 from engine.config import ConfigError
+from engine.evaluate import HEADER, PLAIN_END, read_documents, table
 from engine.tokenizer import TokenizerError
 from engine.types import InvalidRequestError, SamplingParams
 from server.bench.command import run_bench
@@ -28,7 +30,7 @@ SERVE_DESCRIPTION = (
     "over the environment, and the environment over the file."
 )
 MODEL_SETTINGS = ("model", "random_weights", "device", "dtype")
-"""The settings that `generate` shares with `serve`."""
+"""The settings that `generate` and `eval` share with `serve`."""
 DEFAULT_PROMPT = "Once upon a time"
 
 
@@ -42,7 +44,13 @@ class _Help(argparse.HelpFormatter):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (None: that of this process); returns the exit code."""
     options = build_parser().parse_args(arguments)
-    commands = {"serve": run_serve, "generate": run_generate, "bench": run_bench, "version": run_version}
+    commands = {
+        "serve": run_serve,
+        "generate": run_generate,
+        "eval": run_eval,
+        "bench": run_bench,
+        "version": run_version,
+    }
     try:
         return commands[options.command](options)
     except (ConfigError, TokenizerError) as error:
@@ -79,6 +87,16 @@ def build_parser() -> argparse.ArgumentParser:
             usage="blockserve bench [OPTION ...]",
             help="load a server and measure it",
             description=BENCH_DESCRIPTION,
+            formatter_class=_Help,
+        )
+    )
+    _add_eval(
+        commands.add_parser(
+            "eval",
+            usage="blockserve eval [OPTION ...] FILE...",
+            help="measure how well a model predicts texts",
+            description="Print loss (nats a token) and bits per byte of the documents in text files. A document is "
+            "closed by a line that holds the end-of-text token alone; files may be compressed with xz.",
             formatter_class=_Help,
         )
     )
@@ -122,6 +140,21 @@ def run_generate(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         # Whoever read has had enough. What Python would still flush at exit has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    """`blockserve eval`: loss and bits per byte by document, as tab-separated lines."""
+    given = {name: getattr(options, name) for name in MODEL_SETTINGS if hasattr(options, name)}
+    settings = load_settings(given, os.environ)
+    llm = engine.LLM(settings.model, random_seed=settings.random_weights, device=settings.device, dtype=settings.dtype)
+    end = llm.tokenizer.eos_token or PLAIN_END
+    files = [(path, read_documents(path, end)[: options.limit]) for path in options.files]
+    sys.stdout.write(HEADER + "\n")
+    for path, documents in files:
+        for line in table(path.name, llm.evaluate(documents, padding=options.padding), each=not options.summary):
+            sys.stdout.write(line + "\n")
+        sys.stdout.flush()
     return 0
 
 
@@ -191,6 +224,22 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", metavar="TEXT", default=[], help="end before this text; may be given several times"
     )
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after the model ended its text")
+    section = parser.add_argument_group("Model and device")
+    for name in MODEL_SETTINGS:
+        _add_setting(section, name)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="documents, as UTF-8")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each file only [all]")
+    parser.add_argument(
+        "--padding",
+        type=int,
+        metavar="N",
+        help="pads in front of each text, fewer than a block; the first block is not predicted "
+        "[what predicts every token but the first]",
+    )
+    parser.add_argument("--summary", action="store_true", help="one line a file, none for its documents")
     section = parser.add_argument_group("Model and device")
     for name in MODEL_SETTINGS:
         _add_setting(section, name)

@@ -14,11 +14,12 @@ from engine.text_stream import TextStream
 from engine.types import Delta, SamplingParams
 from server.answer_metrics import Outcome
 from server.app_state import AppState
-from server.choices import Choice, Piece, make_choices
+from server.choices import Choice, Piece, PromptScore, make_choices
 from server.disconnect import ClientGoneError, noticing, unless_disconnected
 from server.echo import EchoAnswers
 from server.errors import as_api_error, draining, generation_failed, internal, unavailable
 from server.json_body import parse_json_object, read_body
+from server.logprobs import LogprobsWriter, join, prompt_logprobs
 from server.model_names import served_model
 from server.prompts import prepare_prompts
 from server.protocol import (
@@ -69,6 +70,8 @@ class CompletionResponse(Response):
         self._prompt_tokens = 0
         self._streamed_tokens = 0
         self._choices: list[Choice] = []
+        self._scores: dict[int, PromptScore] = {}
+        """Those that are not there yet, by request id."""
         self._outcome: Outcome = "abort"
         """Of the answers that do not come to their end."""
         record.fields |= {"model": self._model, "stream": completion.stream}
@@ -92,7 +95,9 @@ class CompletionResponse(Response):
             self._completion.n,
             priority=self._completion.priority,
             cache_salt=self._completion.cache_salt or "",
+            score_top=self._completion.score_top,
             new_stream=self._new_text_stream,
+            new_logprobs=self._new_logprobs_writer,
             recorder=self._state.metrics,
             next_request_id=self._state.engine.next_request_id,
             arrival=self._arrival,
@@ -120,12 +125,22 @@ class CompletionResponse(Response):
             include_stop=self._completion.include_stop_str_in_output,
         )
 
+    def _new_logprobs_writer(self) -> LogprobsWriter | None:
+        if self._completion.logprobs is None:
+            return None
+        return LogprobsWriter(self._state.tokenizer, skip_special_tokens=self._completion.skip_special_tokens)
+
     async def _submit(self) -> Answers:
         requests = [choice.request for choice in self._choices]
-        if self._completion.echo_only:
+        # One a prompt, whatever n is.
+        self._scores = {c.score.request.request_id: c.score for c in self._choices if c.score is not None}
+        scores = [score.request for score in self._scores.values()]
+        if self._completion.echo_only and not scores:
             return EchoAnswers(requests)
         try:
-            return await self._state.engine.submit(requests)
+            if self._completion.echo_only:
+                return EchoAnswers(requests, await self._state.engine.submit([], scores))
+            return await self._state.engine.submit(requests, scores)
         except (EngineRejectedError, EngineUnavailableError):
             self._outcome = "rejected"
             raise
@@ -142,7 +157,9 @@ class CompletionResponse(Response):
         for choice in self._choices:
             text, last = "".join(piece.text for piece in choice.pieces), choice.pieces[-1]
             token_ids = tuple(token for piece in choice.pieces for token in piece.token_ids)
-            bodies.append(self._choice_body(choice, last._replace(text=text, token_ids=token_ids)))
+            logprobs = tuple(one for piece in choice.pieces for one in piece.logprobs)
+            joined = last._replace(text=text, token_ids=token_ids, logprobs=logprobs)
+            bodies.append(self._choice_body(choice, joined))
         body = self._body(bodies, self._usage(self._generated_tokens))
         await Response(body, media_type="application/json")(scope, receive, send)
 
@@ -178,19 +195,23 @@ class CompletionResponse(Response):
         async for deltas in answers.deltas():
             now, step = time.monotonic(), []
             for delta in deltas:
+                if (score := self._scores.pop(delta.request_id, None)) is not None:
+                    self._raise_if_failed(delta)
+                    score.logprobs = delta.logprobs
+                    step += [(choice, choice.release([])) for choice in self._choices if choice.score is score]
                 choice = unfinished.get(delta.request_id)
                 if choice is None:
                     continue
                 self._raise_if_failed(delta)
-                step.append((choice, choice.take(delta, now, each_token=each_token)))
+                step.append((choice, choice.release(choice.take(delta, now, each_token=each_token))))
                 if choice.finish_reason is not None:
                     del unfinished[delta.request_id]
                     if delta.finish_reason is None:
                         answers.abort([delta.request_id])
             yield step
-            if not unfinished:
+            if not unfinished and not self._scores:
                 return
-        if unfinished:
+        if unfinished or self._scores:
             raise EngineUnavailableError("the engine stopped before the answer was complete; try again")
 
     def _raise_if_failed(self, delta: Delta) -> None:
@@ -217,10 +238,10 @@ class CompletionResponse(Response):
         chunks = []
         for choice, pieces in step:
             for piece in pieces:
-                # Tokens may have no text yet, or none at all. They count all the same, and with ids they are told.
+                # Tokens may have no text yet, or none at all. They count all the same, and some are told.
                 self._streamed_tokens += len(piece.token_ids)
-                ids = self._completion.return_token_ids and piece.token_ids
-                if each_token or ids or piece.text or piece.finish_reason is not None:
+                told = piece.logprobs or (self._completion.return_token_ids and piece.token_ids)
+                if each_token or told or piece.text or piece.finish_reason is not None:
                     chunks.append(self._chunk(choice, piece))
         return b"".join(chunks)
 
@@ -236,13 +257,31 @@ class CompletionResponse(Response):
         body = ChoiceBody(
             index=choice.index, text=piece.text, finish_reason=piece.finish_reason, stop_reason=piece.stop_reason
         )
-        if not self._completion.return_token_ids:
+        if not choice.begun:
+            choice.begun = True
+            body = self._with_prompt(choice, body)
+        if choice.logprobs is not None:
+            logprobs = choice.logprobs.write(piece.token_ids, piece.logprobs)
+            body = msgspec.structs.replace(body, logprobs=join(body.logprobs, logprobs) if body.logprobs else logprobs)
+        if self._completion.return_token_ids:
+            body = msgspec.structs.replace(body, token_ids=piece.token_ids)
+        return body
+
+    def _with_prompt(self, choice: Choice, body: ChoiceBody) -> ChoiceBody:
+        """What is told of the prompt, with the first that goes out."""
+        prompt, completion = choice.request.prompt_token_ids, self._completion
+        if completion.return_token_ids:
+            body = msgspec.structs.replace(body, prompt_token_ids=prompt)
+        told = None if choice.score is None else choice.score.logprobs
+        if told is None:
             return body
-        body = msgspec.structs.replace(body, token_ids=piece.token_ids)
-        if choice.begun:
-            return body
-        choice.begun = True
-        return msgspec.structs.replace(body, prompt_token_ids=choice.request.prompt_token_ids)
+        if completion.prompt_logprobs is not None:
+            entries = prompt_logprobs(self._state.tokenizer, prompt, told, completion.prompt_logprobs)
+            body = msgspec.structs.replace(body, prompt_logprobs=entries)
+        if completion.echo and completion.logprobs is not None and choice.logprobs is not None:
+            logprobs = choice.logprobs.write_prompt(prompt, told, completion.logprobs, choice.echo_length)
+            body = msgspec.structs.replace(body, logprobs=logprobs)
+        return body
 
     def _body(self, choices: list[ChoiceBody], usage: Usage | msgspec.UnsetType | None) -> bytes:
         return msgspec.json.encode(

@@ -1,5 +1,6 @@
 """The prompts of a completion: from what the client sent to what the engine gets, and what an echo repeats."""
 
+import re
 from collections.abc import Sequence
 
 from engine.tokenizer import Tokenizer
@@ -125,4 +126,16 @@ def _sampling_params(completion: CompletionRequest, room: int) -> SamplingParams
         stop_token_ids=tuple(completion.stop_token_ids),
         ignore_eos=completion.ignore_eos,
         min_tokens=completion.min_tokens,
+        presence_penalty=completion.presence_penalty,
+        frequency_penalty=completion.frequency_penalty,
+        repetition_penalty=completion.repetition_penalty,
+        logit_bias=tuple((_token_id(token), bias) for token, bias in completion.logit_bias.items()),
+        logprobs=completion.logprobs,
     )
+
+
+def _token_id(key: str) -> int:
+    """A key of logit_bias. Each id can be written in one way only, so no two keys are the same token."""
+    if not re.fullmatch(r"0|[1-9][0-9]{0,9}", key, re.ASCII):
+        raise invalid("logit_bias", f"the keys of logit_bias have to be token ids, not {show(key)}")
+    return int(key)

@@ -10,7 +10,7 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails
 
-from engine.types import InvalidRequestError
+from engine.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, InvalidRequestError
 from engine.validation import MAX_CACHE_SALT, PRIORITY_LIMIT
 from server.errors import ApiError, invalid
 
@@ -18,16 +18,6 @@ Prompt = str | list[int]
 
 MAX_STOP_CHARACTERS = 1024
 """Every answer of a request prepares its own search for each stop string."""
-
-UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
-    "logprobs": (),
-    "prompt_logprobs": (),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-}
-"""Fields of the API that are not supported yet, with the values besides null that ask for nothing."""
 
 PROMPT_SCHEMA = {
     "anyOf": [
@@ -40,6 +30,13 @@ PROMPT_SCHEMA = {
             "minItems": 1,
         },
     ]
+}
+
+LOGIT_BIAS_SCHEMA = {
+    "type": "object",
+    "propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "maxProperties": MAX_LOGIT_BIAS,
 }
 
 
@@ -80,6 +77,12 @@ class CompletionRequest(StrictModel):
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
     min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Annotated[dict[str, Any], WithJsonSchema(LOGIT_BIAS_SCHEMA)] = {}
+    logprobs: int | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     add_special_tokens: bool = True
@@ -96,8 +99,14 @@ class CompletionRequest(StrictModel):
 
     @property
     def echo_only(self) -> bool:
-        """Whether the prompt alone is the answer, which takes no engine."""
+        """Whether the prompt alone is the answer."""
         return self.echo and self.max_tokens == 0
+
+    @property
+    def score_top(self) -> int | None:
+        """How many of the likeliest tokens at each of the prompts' are asked for; None where no logprobs are."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((top for top in asked if top is not None), default=None)
 
 
 def parse_fields(kind: type[M], fields: dict[str, Any]) -> M:
@@ -111,9 +120,6 @@ def parse_fields(kind: type[M], fields: dict[str, Any]) -> M:
 def parse_completion_request(body: dict[str, Any]) -> CompletionRequest:
     """The request in a JSON object without nulls. Raises ApiError 400 whose `param` names the field at fault."""
     body = dict(body)
-    for name, defaults in UNSUPPORTED_FIELDS.items():
-        if name in body and not _asks_for_nothing(body.pop(name), defaults):
-            raise invalid(name, f"{name} is not supported by this server yet; leave it out", "unsupported_parameter")
     options = body.get("stream_options")
     if isinstance(options, dict):
         body["stream_options"] = {name: value for name, value in options.items() if value is not None}
@@ -167,10 +173,6 @@ def show(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:20]}... ({len(text)} characters)"
 
 
-def _asks_for_nothing(value: object, defaults: tuple[object, ...]) -> bool:
-    return any(value == default and isinstance(value, bool) == isinstance(default, bool) for default in defaults)
-
-
 def _as_invalid(error: ErrorDetails) -> ApiError:
     # Below a field of the request only names of fields follow; indices of lists are for the message.
     names = [step[:64] for step in error["loc"] if isinstance(step, str)]
@@ -206,6 +208,24 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
 
 
+class LogprobsBody(msgspec.Struct, frozen=True, kw_only=True):
+    """An entry a token. The first token of a text has null instead of numbers: nothing predicts it."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    """As many of the likeliest as were asked for, best first, and the token itself."""
+    text_offset: list[int]
+    """Where in the answer's text the token begins, in characters."""
+
+
+class PromptLogprob(msgspec.Struct, frozen=True):
+    """Of `prompt_logprobs`: how likely a token was."""
+
+    logprob: float
+    decoded_token: str
+
+
 class ChoiceBody(msgspec.Struct, frozen=True, kw_only=True):
     """One answer, or what a chunk adds to it."""
 
@@ -214,11 +234,13 @@ class ChoiceBody(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None
-    logprobs: None = None
+    logprobs: LogprobsBody | None = None
     token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
     """Of the answer, or of what the chunk adds to it; left out unless the client asked for them."""
     prompt_token_ids: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
     """With `token_ids`, but in the first chunk of an answer only."""
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
+    """An entry a prompt token, by token ids; in the first chunk only, and left out unless asked for."""
 
 
 class CompletionBody(msgspec.Struct, frozen=True, kw_only=True):

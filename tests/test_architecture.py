@@ -16,6 +16,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
 TORCH_FREE_ENTRIES = ("server.supervisor", "server.app", "server.api_process", "server.cli", "engine", "docs.generate")
 TORCH_MODULES = {
+    "adjustments",
     "batch_tables",
     "core",
     "decode_step",
@@ -27,6 +28,7 @@ TORCH_MODULES = {
     "out_of_memory",
     "rehearsal",
     "runner",
+    "scorer",
     "staging",
     "weights",
 }

@@ -3,13 +3,13 @@
 All the layers of a vanilla model are one, over blocks of one token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.model.layers import LayerStack
+from engine.model.layers import Attend, LayerStack
 from kernels.dispatch import Kernels
 from kernels.rotary import rotary_table
 
@@ -44,6 +44,10 @@ class PrefillBatch:
     """[C + 1] int32: chunk c is entries chunk_offsets[c]:chunk_offsets[c+1]."""
     chunk_positions: Tensor
     """[C] int32: the chunk's first position."""
+
+
+Project = Callable[[int, Tensor], Tensor]
+"""(layer, fused projection [N, 3 * H]) -> queries [N, heads, D]."""
 
 
 class BlockDecoder:
@@ -81,6 +85,16 @@ class BlockDecoder:
 
     def prefill(self, x: Tensor, batch: PrefillBatch, keys: Tensor, values: Tensor) -> None:
         """Store keys and values for the block embeddings x [N, H] of prompt chunks."""
+        write, attend = self._chunk_operations(batch, keys, values)
+        self._stack.project_only(x, attend, write)
+
+    def contexts(self, x: Tensor, batch: PrefillBatch, keys: Tensor, values: Tensor) -> Tensor:
+        """As `prefill`, with context embeddings [N, H] of all positions."""
+        _write, attend = self._chunk_operations(batch, keys, values)
+        return self._stack.forward(x, attend)
+
+    def _chunk_operations(self, batch: PrefillBatch, keys: Tensor, values: Tensor) -> tuple[Project, Attend]:
+        """Of chunks: storing keys and values, which returns the query, and attention with it."""
 
         def write(layer: int, qkv: Tensor) -> Tensor:
             return self._kernels.rotary_paged_write(
@@ -101,4 +115,4 @@ class BlockDecoder:
                 out.view(query.shape),
             )
 
-        self._stack.project_only(x, attend, write)
+        return write, attend

@@ -34,6 +34,10 @@ class Model:
         """
         self._block_decoder.prefill(self.embed(token_ids), batch, keys, values)
 
+    def contexts(self, token_ids: Tensor, batch: PrefillBatch, keys: Tensor, values: Tensor) -> Tensor:
+        """As `prefill`, with an output: context embeddings [N, H], each of which conditions the block behind it."""
+        return self._block_decoder.contexts(self.embed(token_ids), batch, keys, values)
+
     def decode(self, token_ids: Tensor, batch: DecodeBatch, keys: Tensor, values: Tensor) -> Tensor:
         """One more block for each row: token_ids [R, L] -> context embeddings [R, H], which condition the next block.
 

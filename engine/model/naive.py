@@ -6,6 +6,7 @@ block length, T positions, H block decoder width, h token decoder width, R expan
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ class NaiveAnswer(NamedTuple):
     stop_reason: int | None
     margins: list[float]
     """For each token: its score minus the second best, noise included."""
+    logprobs: list[list[float]]
+    """Where they were asked for: for each token the whole vocabulary's [V], before bias and penalties."""
 
 
 class NaiveModel(ABC):
@@ -98,6 +101,7 @@ class NaiveModel(ABC):
         tables = self._sampling_tables(params)
         tokens: list[int] = []
         margins: list[float] = []
+        logprobs: list[list[float]] = []
         while True:
             context = self.contexts(self.embed(self._int64([blocks])))[:, -1]
             block = list(forced)
@@ -105,14 +109,18 @@ class NaiveModel(ABC):
                 filled = block + [0] * (self.config.block_length - len(block))
                 logits = self.block_logits(context, self._int64([filled]))[:, len(block)]
                 row, place = self._int64([0]).int(), self._int64([len(tokens)]).int()
-                scores = perturbed_scores(logits, row, place, tables)[0]
+                if params.logprobs is not None:
+                    logprobs.append(logits[0].float().log_softmax(-1).tolist())
+                adjusted = self._adjust(logits[0].float(), prompt_token_ids, tokens, params)
+                scores = perturbed_scores(adjusted[None], row, place, tables)[0]
                 best, second = scores.topk(2).values.tolist()
                 tokens.append(int(scores.argmax()))
                 margins.append(best - second if math.isfinite(second) else math.inf)
                 reason = self._finish_reason(tokens, params)
                 if reason is not None:
                     is_eos = tokens[-1] == self.config.eos_token_id and not params.ignore_eos
-                    return NaiveAnswer(tokens, reason, None if reason == "length" or is_eos else tokens[-1], margins)
+                    stop_reason = None if reason == "length" or is_eos else tokens[-1]
+                    return NaiveAnswer(tokens, reason, stop_reason, margins, logprobs)
                 block.append(tokens[-1])
             blocks, forced = [*blocks, block], []
 
@@ -151,6 +159,20 @@ class NaiveModel(ABC):
         elif rest:
             tokens, forced = tokens[:-rest], tokens[-rest:]
         return [tokens[start : start + length] for start in range(0, len(tokens), length)], forced
+
+    def _adjust(self, logits: Tensor, prompt: Sequence[int], answer: Sequence[int], params: SamplingParams) -> Tensor:
+        """Bias, then penalties: logits [V], which stay as they are, to be chosen from behind `prompt` and `answer`."""
+        adjusted = logits.clone()
+        for token, bias in params.logit_bias:
+            adjusted[token] += bias
+        if params.repetition_penalty != 1:
+            seen, factor = sorted({*prompt, *answer}), params.repetition_penalty
+            before = adjusted[seen]
+            adjusted[seen] = torch.where(before > 0, before / factor, before * factor)
+        if params.presence_penalty or params.frequency_penalty:
+            for token, count in Counter(answer).items():
+                adjusted[token] -= params.presence_penalty + count * params.frequency_penalty
+        return adjusted
 
     def _finish_reason(self, tokens: list[int], params: SamplingParams) -> FinishReason | None:
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else {self.config.eos_token_id})

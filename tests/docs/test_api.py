@@ -14,7 +14,7 @@ from docs.generate import DOCS
 from engine.config import ModelConfig
 from engine.model_files import DEFAULT_MODEL, find_model
 from engine.tokenizer import Tokenizer
-from server.protocol import UNSUPPORTED_FIELDS, CompletionBody, CompletionRequest
+from server.protocol import CompletionBody, CompletionRequest
 from tests.server.fakes import INFO, Harness, events
 
 TEXT = (DOCS / "api.md").read_text(encoding="utf-8")
@@ -75,11 +75,6 @@ def test_the_defaults_are_those_of_the_server() -> None:
             if value != field.default or isinstance(value, bool) != isinstance(field.default, bool):
                 wrong[name] = value
     assert wrong == {}
-
-
-def test_unsupported_fields_are_named() -> None:
-    unsupported = FIELDS.split("not supported yet:")[1]
-    assert set(UNSUPPORTED_FIELDS) <= set(re.findall(r"`(\w+)`", unsupported))
 
 
 def test_every_example_is_found() -> None:

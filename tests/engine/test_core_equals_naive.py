@@ -9,6 +9,7 @@ import pytest
 
 from engine.config import ModelConfig
 from engine.core import EngineCore
+from engine.model.naive import NaiveAnswer
 from engine.sequence import SequenceState
 from engine.types import SEED_RANGE, Delta, GenerationRequest, SamplingParams
 from tests.engine.helpers import DEVICES, GoldenModel, is_tie
@@ -22,6 +23,7 @@ MODELS = [
     GoldenModel("vanilla_gptneox"),
 ]
 CANDIDATES = 6
+LOGPROB_TOLERANCE = 2e-4
 STATES = (SequenceState.WAITING, SequenceState.PREFILLING, SequenceState.DECODING)
 
 
@@ -44,6 +46,8 @@ class Tally:
     aborts: Counter[SequenceState] = field(default_factory=Counter)
     aborts_in_flight: int = 0
     eos_offsets: Counter[int] = field(default_factory=Counter)
+    adjusted: int = 0
+    logprobs: int = 0
     finishes: Counter[str] = field(default_factory=Counter)
     preemptions: int = 0
     cached_tokens: int = 0
@@ -52,7 +56,7 @@ class Tally:
 def random_params(rng: random.Random, shortest: int, longest: int) -> SamplingParams:
     """Greedy and seeded sampling with every threshold, endings of every kind."""
     max_tokens = rng.randint(shortest, longest)
-    return SamplingParams(
+    params = SamplingParams(
         max_tokens=max_tokens,
         min_tokens=int(max_tokens * rng.choice([0, 0, 0, 0.5, 1])),
         temperature=rng.choice([0.0, 0.7, 1.0, 1.5]),
@@ -62,6 +66,21 @@ def random_params(rng: random.Random, shortest: int, longest: int) -> SamplingPa
         seed=rng.randrange(SEED_RANGE),
         ignore_eos=rng.random() < 0.2,
         stop_token_ids=rng.choice([(), (), (), tuple(range(40, 60)), (131, 355)]),
+    )
+    return adjusted_at_random(params)
+
+
+def adjusted_at_random(params: SamplingParams) -> SamplingParams:
+    """The same with bias, penalties and logprobs, or without, as its seed has it."""
+    rng = random.Random(params.seed)
+    bias = tuple((token, rng.uniform(-3, 3)) for token in rng.sample(range(512), 100))
+    return msgspec.structs.replace(
+        params,
+        presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.6, -1.0]),
+        frequency_penalty=rng.choice([0.0, 0.0, 0.0, 0.3, -0.4]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.0, 1.2, 0.8]),
+        logit_bias=rng.choice([(), (), (), bias]),
+        logprobs=rng.choice([None, None, None, 0, 1, 20]),
     )
 
 
@@ -131,6 +150,8 @@ def check_answer(arrival: Arrival, deltas: list[Delta], model: GoldenModel, tall
     finished = bool(deltas) and deltas[-1].finish_reason is not None
     assert finished or arrival.abort_step is not None
     tally.tokens += len(tokens)
+    tally.adjusted += len(tokens) if arrival.request.params.adjusts else 0
+    tally.logprobs += check_logprobs(arrival.request.params.logprobs, deltas, expected)
     tally.seeded += len(tokens) if arrival.request.params.temperature else 0
     if not finished:
         if tokens != expected.token_ids[: len(tokens)]:
@@ -144,6 +165,26 @@ def check_answer(arrival: Arrival, deltas: list[Delta], model: GoldenModel, tall
     tally.finishes[expected.finish_reason] += 1
     if expected.finish_reason == "stop" and expected.stop_reason is None:
         tally.eos_offsets[end_offset(model, arrival.request, len(tokens))] += 1
+
+
+def check_logprobs(top: int | None, deltas: list[Delta], expected: NaiveAnswer) -> int:
+    """Compare the logprobs of the tokens that are the oracle's with it; returns how many there are."""
+    told = [
+        (token, one) for delta in deltas for token, one in zip(delta.token_ids, delta.logprobs, strict=top is not None)
+    ]
+    if top is None:
+        assert not any(delta.logprobs for delta in deltas)
+        return 0
+    for place, (token, one) in enumerate(told):
+        exact = expected.logprobs[place]
+        assert abs(one.logprob - exact[token]) < LOGPROB_TOLERANCE
+        assert len(one.top_ids) == len(one.top_logprobs) == top
+        best = sorted(exact, reverse=True)[:top]
+        assert all(abs(a - b) < LOGPROB_TOLERANCE for a, b in zip(one.top_logprobs, best, strict=True))
+        assert all(abs(exact[a] - b) < LOGPROB_TOLERANCE for a, b in zip(one.top_ids, one.top_logprobs, strict=True))
+        if token != expected.token_ids[place]:
+            return place
+    return len(told)
 
 
 def with_ending(model: GoldenModel, arrivals: list[Arrival], offset: int) -> GoldenModel:
@@ -204,6 +245,8 @@ def test_engine_equals_naive(model: GoldenModel, overlapped: bool, device: str) 
             check_answer(arrival, deltas[arrival.request.request_id], served, tally)
     assert tally.ties * 1000 <= tally.tokens, f"{tally.ties} near ties in {tally.tokens} tokens"
     assert tally.seeded > 0
+    assert tally.adjusted > 0
+    assert tally.logprobs > 0
     assert all(tally.aborts[state] > 0 for state in STATES), tally.aborts
     assert all(tally.eos_offsets[offset] > 0 for offset in range(config.block_length)), tally.eos_offsets
     assert (tally.aborts_in_flight > 0) == overlapped

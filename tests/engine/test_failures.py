@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.decode_step import DecodeStep
+from engine.decode_step import DecodeStep, Written
 from engine.graphs import DecodeGraphs
 from engine.model.build import build_model
 from engine.scheduler import NON_FINITE_ERROR, OUT_OF_MEMORY_ERROR
@@ -116,7 +116,7 @@ def test_a_prompt_that_memory_does_not_suffice_for_fails_alone(
 
 @overlapped_or_not
 def test_what_has_failed_is_not_tried_again_by_the_step_behind_it(overlapped: bool) -> None:
-    device = SmallDevice(rows=10)
+    device = SmallDevice(rows=8)
     core = MODEL.core(kernels=device.kernels, max_rows=2, max_step_positions=11, overlapped=overlapped)
     check_failed(run(core, [request(2, blocks=25, first_token=0)])[2], OUT_OF_MEMORY_ERROR)
     assert device.failures == 2, "the chunk, and the same again by itself"
@@ -217,13 +217,16 @@ class RunsOutOnce(TorchDispatchMode):
         return result
 
 
-def test_a_step_can_be_run_again_wherever_it_ran_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("penalty", [0.0, 0.5], ids=["plain", "adjusted"])
+def test_a_step_can_be_run_again_wherever_it_ran_out_of_memory(penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model = GoldenModel("lookup_prefix2", "forced_tail")
     requests = [
         GenerationRequest.of(
             request_id=request_id,
             prompt_token_ids=tuple(range(5, 12 + request_id)),
-            params=SamplingParams(max_tokens=3 * BLOCK_LENGTH, seed=request_id, ignore_eos=True),
+            params=SamplingParams(
+                max_tokens=3 * BLOCK_LENGTH, seed=request_id, ignore_eos=True, frequency_penalty=penalty
+            ),
         )
         for request_id in range(2)
     ]
@@ -231,9 +234,9 @@ def test_a_step_can_be_run_again_wherever_it_ran_out_of_memory(monkeypatch: pyte
     original = DecodeStep.run
     mode = RunsOutOnce(at=0)
 
-    def with_little_memory(step: DecodeStep, row_index: Tensor) -> tuple[Tensor, Tensor]:
+    def with_little_memory(step: DecodeStep, row_index: Tensor, *, adjusted: bool) -> Written:
         with mode:
-            return original(step, row_index)
+            return original(step, row_index, adjusted=adjusted)
 
     monkeypatch.setattr(DecodeStep, "run", with_little_memory)
     steps = 0

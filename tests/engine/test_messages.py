@@ -1,3 +1,4 @@
+import math
 import struct
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,20 +10,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import messages as m
-from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, SamplingParams, Timing
+from engine.types import (
+    Delta,
+    EngineInfo,
+    EngineLoad,
+    GenerationRequest,
+    SamplingParams,
+    ScoreRequest,
+    Timing,
+    TokenLogprobs,
+    pack_tokens,
+)
 
 INFO = EngineInfo(
     model="m", vocab_size=512, block_length=4, max_length=64, eos_token_id=0, device="cpu", dtype="float32",
     max_rows=4, pages=8, page_size=16, kv_bytes=1, parameters=2,
 )  # fmt: skip
 REQUEST = GenerationRequest.of(
-    request_id=1, prompt_token_ids=(1, 2), params=SamplingParams(stop=("é",), seed=2**63 - 1)
+    request_id=1,
+    prompt_token_ids=(1, 2),
+    params=SamplingParams(stop=("é",), seed=2**63 - 1, logit_bias=((7, -100), (8, 0.5)), logprobs=2),
 )
+SCORE = ScoreRequest(request_id=2, text=pack_tokens((1, 2)), top=20)
+LOGPROBS = (TokenLogprobs(-math.inf, (3, 4), (-0.5, -math.inf)), TokenLogprobs(-0.1))
 DELTA = Delta(
-    request_id=1, token_ids=(5, 0), finish_reason="stop", stop_reason=7, timing=Timing(queue=0.5, prefill=1.0)
+    request_id=1,
+    token_ids=(5, 0),
+    finish_reason="stop",
+    stop_reason=7,
+    timing=Timing(queue=0.5, prefill=1.0),
+    logprobs=LOGPROBS,
 )
 
-TO_ENGINE: list[m.AnyMessage] = [m.Submit(group_id=3, requests=[REQUEST]), m.Abort(request_ids=[1, 2])]
+TO_ENGINE: list[m.AnyMessage] = [m.Submit(group_id=3, requests=[REQUEST], scores=[SCORE]), m.Abort(request_ids=[1, 2])]
 FROM_ENGINE: list[m.AnyMessage] = [
     m.EngineHello(info=INFO),
     m.Accepted(group_id=3),

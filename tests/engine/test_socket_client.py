@@ -12,7 +12,16 @@ from engine.client import EngineRejectedError, EngineUnavailableError
 from engine.listener import Connected, Disconnected, MessageListener
 from engine.messages import Abort, Accepted, Deltas, EngineHello, Rejected, Submit, ToEngine, encode_frame
 from engine.socket_client import SocketEngineClient
-from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, SamplingParams
+from engine.types import (
+    Delta,
+    EngineInfo,
+    EngineLoad,
+    GenerationRequest,
+    SamplingParams,
+    ScoreRequest,
+    TokenLogprobs,
+    pack_tokens,
+)
 
 INFO = EngineInfo(
     model="m", vocab_size=512, block_length=4, max_length=128, eos_token_id=0, device="cpu", dtype="float32",
@@ -317,3 +326,18 @@ async def test_a_burst_is_spread_and_a_full_engine_leaves_its_requests_to_anothe
         for engine in engines:
             await engine.close()
         await client.close()
+
+
+async def test_scores_are_part_of_a_group(client: SocketEngineClient, engine: ScriptedEngine) -> None:
+    score = ScoreRequest(request_id=client.next_request_id(), text=pack_tokens((1, 2, 3)))
+    submitting = asyncio.create_task(client.submit(requests(client), [score]))
+    peer_id, message = await engine.next(Submit)
+    assert isinstance(message, Submit)
+    assert message.scores == [score]
+    engine.listener.send(peer_id, Accepted(group_id=message.group_id))
+    answers = await submitting
+    told = Delta(request_id=score.request_id, finish_reason="length", logprobs=(TokenLogprobs(-1.5), TokenLogprobs(-2)))
+    ended = Delta(request_id=message.requests[0].request_id, finish_reason="length")
+    engine.listener.send(peer_id, Deltas(deltas=[told], load=EngineLoad()))
+    engine.listener.send(peer_id, Deltas(deltas=[ended], load=EngineLoad()))
+    assert [delta async for step in answers.deltas() for delta in step] == [told, ended]

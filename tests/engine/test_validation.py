@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.types import MAX_STOP_TOKEN_IDS, InvalidRequestError, SamplingParams
+from engine.types import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, InvalidRequestError, SamplingParams
 from engine.validation import MAX_CACHE_SALT, validate_cache_salt, validate_priority, validate_request
 
 VOCAB_SIZE = 100
@@ -45,6 +45,12 @@ def fault(token_ids: Any = (1, 2, 3), **params: Any) -> InvalidRequestError:
         {"stop": ("a", "\ufffd")},
         {"stop_token_ids": (0, 99)},
         {"stop_token_ids": tuple(range(MAX_STOP_TOKEN_IDS))},
+        {"presence_penalty": -2, "frequency_penalty": 2.0},
+        {"repetition_penalty": 5e-324},
+        {"repetition_penalty": 1e308},
+        {"logit_bias": tuple((token % 100, 100) for token in range(MAX_LOGIT_BIAS))},
+        {"logprobs": 0},
+        {"logprobs": 20},
     ],
 )
 def test_what_can_be_served_passes(params: dict[str, Any]) -> None:
@@ -57,6 +63,11 @@ def test_what_can_be_served_passes(params: dict[str, Any]) -> None:
         ("temperature", [-0.1, 2.1, math.nan, math.inf, -math.inf, 10**400, True, "1", None]),
         ("top_p", [0, -1, 1.1, math.nan, math.inf, True, "1", None]),
         ("min_p", [-0.1, 1.1, math.nan, math.inf, False, "1", None]),
+        ("presence_penalty", [-2.1, 2.1, math.nan, math.inf, True, "1", None]),
+        ("frequency_penalty", [-2.1, 2.1, math.nan, math.inf, False, "1", None]),
+        ("repetition_penalty", [0, -1, math.nan, math.inf, True, "1", None]),
+        ("logit_bias", [((100, 1),), ((-1, 1),), ((5, 101),), ((5, math.nan),), ((5, True),), ((1, 1),) * 301]),
+        ("logprobs", [-1, 21, 1.0, True, "1"]),
         ("top_k", [-2, 2**31, 10**5000, 1.0, math.nan, True, "1", None]),
         ("seed", [-1, 2**63, 1.0, math.nan, True, "1"]),
         ("max_tokens", [0, -1, 30, 10**5000, 1.0, math.nan, True, "1", None]),

@@ -10,9 +10,18 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from engine.messages import Accepted, ChildReady, Deltas, Submit, ToSupervisor, encode_frame, to_supervisor_reader
+from engine.messages import (
+    Accepted,
+    ChildReady,
+    Deltas,
+    Rejected,
+    Submit,
+    ToSupervisor,
+    encode_frame,
+    to_supervisor_reader,
+)
 from engine.process_config import EngineOptions, EngineProcessConfig, LogConfig, write_process_config
-from engine.types import GenerationRequest, SamplingParams
+from engine.types import GenerationRequest, SamplingParams, ScoreRequest, pack_tokens
 from engine.worker import StepFailedError
 from kernels.dispatch import Kernels, torch_kernels
 from tests.engine.helpers import MAX_POSITIONS, GoldenModel
@@ -44,6 +53,46 @@ def test_every_preemption_is_counted_once(tmp_path: Path) -> None:
         assert core.preemptions > 0
         bench.turn_until(lambda: bench.counters()["preemptions_total"] >= core.preemptions)
         assert bench.counters()["preemptions_total"] == core.preemptions
+
+
+def score_request(request_id: int, tokens: int = 9) -> ScoreRequest:
+    return ScoreRequest(request_id=request_id, text=pack_tokens(range(tokens)), top=1)
+
+
+def test_scores_go_to_who_asked_for_them(tmp_path: Path) -> None:
+    core = MODEL.core(max_rows=2)
+    with worker_bench(core, tmp_path) as bench:
+        first, second = bench.connect(), bench.connect()
+        first.send(Submit(group_id=1, requests=[long_request(0, 1)], scores=[score_request(1), score_request(2)]))
+        second.send(Submit(group_id=1, requests=[], scores=[score_request(1, 5)]))
+        bench.turn_until(lambda: first.finished(0, 1, 2) and second.finished(1))
+        assert [len(first.deltas(request_id)[0].logprobs) for request_id in (1, 2)] == [8, 8]
+        assert [len(delta.logprobs) for delta in second.deltas(1)] == [4]
+        assert first.tokens(0) == MODEL.oracle(long_request(0, 1)).token_ids
+        # Their ids are free again.
+        first.send(Submit(group_id=2, requests=[], scores=[score_request(1)]))
+        bench.turn_until(lambda: len(first.deltas(1)) == 2)
+
+
+def test_groups_with_scores_are_taken_whole_or_not_at_all(tmp_path: Path) -> None:
+    core = MODEL.core(max_rows=2)
+    with worker_bench(core, tmp_path) as bench:
+        peer = bench.connect()
+        peer.send(Submit(group_id=1, requests=[long_request(5)], scores=[score_request(5)]))
+        peer.send(Submit(group_id=2, requests=[long_request(6)], scores=[score_request(7, 0)]))
+        bench.turn_until(lambda: len(peer.of_kind(Rejected)) == 2)
+        assert [message.param for message in peer.of_kind(Rejected)] == ["request_id", "prompt"]
+        assert not core.has_work
+
+
+def test_who_hangs_up_leaves_no_text_behind(tmp_path: Path) -> None:
+    core = MODEL.core(max_rows=2, max_step_positions=3)
+    with worker_bench(core, tmp_path) as bench:
+        peer = bench.connect()
+        peer.send(Submit(group_id=1, requests=[], scores=[score_request(number, 90) for number in range(8)]))
+        bench.turn_until(lambda: bool(peer.of_kind(Accepted)))
+        peer.close()
+        bench.turn_until(lambda: not core.has_work)
 
 
 def breaking_kernels(products: int) -> Kernels:

@@ -53,6 +53,9 @@ class FakeEngine:
                         case Submit():
                             self.submitted += len(message.requests)
                             send(Accepted(group_id=message.group_id))
+                            for score in message.scores:
+                                ended = Delta(request_id=score.request_id, finish_reason="length")
+                                send(Deltas(deltas=[ended], load=EngineLoad()))
                             for request in message.requests:
                                 self._start(asyncio.create_task(self._write(request, writer)))
                         case Abort():

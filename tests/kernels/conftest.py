@@ -1,11 +1,13 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.adjust import AdjustmentTables
 from kernels.dispatch import Implementation, Kernels, select_kernels
+from kernels.logprobs import Logprobs
 from kernels.sampler import SamplingTables
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -54,6 +56,8 @@ class _Moved:
                     argument.copy_(back)
         if result is None:
             return None
+        if isinstance(result, Logprobs):
+            return Logprobs(*(part.cpu() for part in result))
         return tuple(part.cpu() for part in result) if isinstance(result, tuple) else result.cpu()
 
 
@@ -64,6 +68,6 @@ def _move(value: Any, device: torch.device) -> Any:
         # With its strides: `to` would close the gaps between rows.
         there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
         return there.copy_(value)
-    if isinstance(value, SamplingTables):
-        return SamplingTables(**{name: table.to(device) for name, table in vars(value).items()})
+    if isinstance(value, SamplingTables | AdjustmentTables):
+        return replace(value, **{name: table.to(device) for name, table in vars(value).items()})
     return value

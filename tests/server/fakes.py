@@ -15,7 +15,16 @@ from engine.client import EngineUnavailableError
 from engine.messages import MetricsIncrement, ServiceState
 from engine.metrics import MetricsRecorder
 from engine.tokenizer import Tokenizer
-from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, Timing
+from engine.types import (
+    Delta,
+    EngineInfo,
+    EngineLoad,
+    GenerationRequest,
+    ScoreRequest,
+    Timing,
+    TokenLogprobs,
+    unpack_tokens,
+)
 from server.app import create_app
 from server.app_state import AppState
 from server.settings import ServeSettings
@@ -52,6 +61,24 @@ def tokenizer(*, adds_special_tokens: bool = False) -> Tokenizer:
     return Tokenizer(model, END_OF_TEXT)
 
 
+def told(request: GenerationRequest, token_ids: Sequence[int]) -> tuple[TokenLogprobs, ...]:
+    """Logprobs that depend on the token alone: it is the likeliest, then come those behind it by ids."""
+    top = request.params.logprobs
+    if top is None:
+        return ()
+    return tuple(logprobs_of(token, top) for token in token_ids)
+
+
+def logprobs_of(token: int, top: int) -> TokenLogprobs:
+    ids = tuple((token + place) % INFO.vocab_size for place in range(top))
+    return TokenLogprobs(-token / 128, ids, tuple(-token / 128 - place for place in range(top)))
+
+
+def score_delta(score: ScoreRequest) -> Delta:
+    logprobs = tuple(logprobs_of(token, score.top) for token in unpack_tokens(score.text)[1:])
+    return Delta(request_id=score.request_id, finish_reason="length", logprobs=logprobs)
+
+
 def reply_deltas(request: GenerationRequest, text: str = REPLY) -> list[Delta]:
     """What an engine would deliver if the model always said `text` and ended there: blocks of four tokens."""
     tokens = [*tokenizer().encode(text), EOS]
@@ -64,6 +91,7 @@ def reply_deltas(request: GenerationRequest, text: str = REPLY) -> list[Delta]:
             Delta(
                 request_id=request.request_id,
                 token_ids=tuple(tokens[start : start + 4]),
+                logprobs=told(request, tokens[start : start + 4]),
                 finish_reason=("stop" if ended else "length") if last else None,
                 timing=None if start else TIMING,
             )
@@ -74,9 +102,10 @@ def reply_deltas(request: GenerationRequest, text: str = REPLY) -> list[Delta]:
 class FakeAnswers:
     """Open answers of one group; tests feed them."""
 
-    def __init__(self, requests: Sequence[GenerationRequest]) -> None:
+    def __init__(self, requests: Sequence[GenerationRequest], scores: Sequence[ScoreRequest] = ()) -> None:
         self.requests = list(requests)
-        self.open = {request.request_id for request in requests}
+        self.scores = list(scores)
+        self.open = {request.request_id for request in requests} | {score.request_id for score in scores}
         self.aborted: list[int] = []
         self.arrived: asyncio.Queue[list[Delta] | Exception] = asyncio.Queue()
 
@@ -109,6 +138,8 @@ class FakeEngine:
         self.info: EngineInfo | None = INFO
         self.load = EngineLoad()
         self.groups: list[FakeAnswers] = []
+        self.score_after = 1
+        """Steps before the one that brings scores."""
         self.refuse: Exception | None = None
         self.accepts = asyncio.Event()
         self.accepts.set()
@@ -119,7 +150,7 @@ class FakeEngine:
     def next_request_id(self) -> int:
         return next(self._ids)
 
-    async def submit(self, requests: Sequence[GenerationRequest]) -> FakeAnswers:
+    async def submit(self, requests: Sequence[GenerationRequest], scores: Sequence[ScoreRequest] = ()) -> FakeAnswers:
         if self.refuse is not None:
             raise self.refuse
         self.submitted.set()
@@ -128,11 +159,17 @@ class FakeEngine:
         except asyncio.CancelledError:
             self.cancelled_submits += 1
             raise
-        answers = FakeAnswers(requests)
+        answers = FakeAnswers(requests, scores)
         self.groups.append(answers)
         if self.script is not None:
-            rounds = itertools.zip_longest(*(self.script(request) for request in requests))
-            answers.feed(*([delta for delta in step if delta is not None] for step in rounds))
+            steps = [
+                [delta for delta in step if delta is not None]
+                for step in itertools.zip_longest(*(self.script(request) for request in requests))
+            ]
+            steps += [[] for _ in range(self.score_after + 1 - len(steps))]
+            for score in scores:
+                steps[self.score_after].append(score_delta(score))
+            answers.feed(*steps)
         return answers
 
     def die(self) -> None:

@@ -157,3 +157,15 @@ def test_generate_prints_nothing_of_a_request_that_is_refused(llm: FakeLLM, caps
 def test_generate_interrupted(llm: FakeLLM) -> None:
     llm.error = KeyboardInterrupt()
     assert cli.main(["generate"]) == cli.EXIT_INTERRUPTED
+
+
+def test_eval_prints_a_line_a_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("Once upon a time\n<|endoftext|>\nThe end.\n<|endoftext|>\nleft out\n", encoding="utf-8")
+    assert cli.main(["eval", str(path), "--limit", "2", "--device", "cpu", "--dtype", "float32"]) == 0
+    out = capsys.readouterr().out
+    header, *lines = [line.split("\t") for line in out.splitlines()]
+    assert header == ["file", "document", "tokens", "bytes", "loss", "bits_per_byte"]
+    assert [line[:2] for line in lines] == [["texts.txt", "0"], ["texts.txt", "1"], ["texts.txt", "all"]]
+    assert sum(int(line[2]) for line in lines[:2]) == int(lines[2][2]) > 0
+    assert cli.main(["eval", str(tmp_path / "missing"), "--device", "cpu"]) == cli.EXIT_BAD_INPUT

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.types import Delta, GenerationRequest
 from tests.engine.tokenizers_of_tests import END_OF_TEXT
-from tests.server.fakes import EOS, REPLY, FakeEngine, Harness, events, tokenizer
+from tests.server.fakes import EOS, REPLY, FakeEngine, Harness, events, tokenizer, told
 
 SPECIAL = END_OF_TEXT
 
@@ -29,6 +29,7 @@ def says(token_ids: Sequence[int], ends: str = "length", sizes: Sequence[int] = 
                 Delta(
                     request_id=request.request_id,
                     token_ids=part,
+                    logprobs=told(request, part),
                     finish_reason=ends if last else None,  # type: ignore[arg-type]
                     stop_reason=part[-1] if last and ends == "stop" and part[-1] != EOS else None,
                 )
@@ -65,6 +66,9 @@ async def streamed(engine: FakeEngine, unit: str, **fields: Any) -> dict[str, An
         assert "prompt_token_ids" not in part
         choice["text"] += part["text"]
         choice |= {"finish_reason": part["finish_reason"], "stop_reason": part["stop_reason"]}
+        if choice["logprobs"] is not None:
+            for name, array in part["logprobs"].items():
+                choice["logprobs"][name] += array
         if "token_ids" in part:
             choice["token_ids"] += part["token_ids"]
     assert counted == last["usage"]["completion_tokens"]
@@ -138,7 +142,7 @@ async def test_an_echo_alone_counts_as_requests_without_tokens() -> None:
         ({"max_tokens": 0, "echo": True, "prompt": [320]}, "prompt"),
         ({"max_tokens": 0, "echo": True, "prompt": [5] * 256}, "prompt"),
         ({"max_tokens": 0, "echo": True, "n": 1025}, "n"),
-        ({"max_tokens": 0, "echo": True, "logprobs": 1}, "logprobs"),
+        ({"max_tokens": 0, "echo": True, "logprobs": 21}, "logprobs"),
     ],
 )
 async def test_what_goes_for_other_requests_goes_for_an_echo(fields: dict[str, Any], param: str) -> None:

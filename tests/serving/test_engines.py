@@ -39,7 +39,11 @@ def test_requests_are_spread_and_answers_are_the_same(two: ServerProcess) -> Non
 def test_one_engines_death_fails_only_its_requests(two: ServerProcess) -> None:
     with ExitStack() as stack:
         streams = [stack.enter_context(streaming(two, {**LONG, "max_tokens": 1000})) for _ in range(4)]
-        assert [two.metric("requests_running", engine=engine) for engine in "01"] == [2, 2]
+        # Gauges are a quarter of a second behind.
+        wait_until(
+            lambda: [two.metric("requests_running", engine=engine) for engine in "01"] == [2, 2],
+            what="two on each engine",
+        )
         ends: list[list[str]] = [[] for _ in streams]
         readers = [
             threading.Thread(target=lambda lines=lines, end=end: end.extend(lines))

@@ -20,7 +20,7 @@ from server.settings import ENVIRONMENT_PREFIX, GROUPS, ServeSettings, flag_name
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "engine.jsonl"
-SIZING_DEVICE = "NVIDIA H200"
+SIZING_DEVICE = "NVIDIA H100 80GB HBM3"
 SIZING_BYTES = 10 << 30
 ALERTS = DOCS.parent / "docker" / "prometheus" / "alerts.yml"
 PART = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -87,7 +87,8 @@ def sizing() -> str:
     measured: dict[tuple[str, str], dict[str, Any]] = {}
     for line in RESULTS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        if row["device"] == SIZING_DEVICE and row["dtype"] == "bfloat16":
+        greedy = row.get("sampling", "greedy") == "greedy"
+        if row["device"] == SIZING_DEVICE and row["dtype"] == "bfloat16" and greedy:
             measured[row["model"], row["workload"]] = row
     rows = []
     for name, model in MODELS.items():

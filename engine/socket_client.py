@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Sequence
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from time import monotonic
 
 import msgspec
 
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.05
 READ_BYTES = 1 << 18
+BEHIND_SECONDS = 1.0
+"""A reader that was held up for a moment, as by its own process, has caught up long before."""
 
 
 class SocketAnswers:
@@ -39,6 +43,9 @@ class SocketAnswers:
         self._connection = connection
         self._open = set(request_ids)
         self._arrived: asyncio.Queue[list[Delta] | EngineUnavailableError] = asyncio.Queue()
+        self._most_unread: float = math.inf
+        self._exceeded: Callable[[], None] = lambda: None
+        self._behind_since = math.inf
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """What the engine delivers, step by step. Raises EngineUnavailableError if the engine dies first."""
@@ -50,6 +57,10 @@ class SocketAnswers:
             self._open.difference_update(delta.request_id for delta in item if delta.finish_reason is not None)
             if item:
                 yield item
+
+    def limit_unread(self, steps: int, exceeded: Callable[[], None]) -> None:
+        """Call `exceeded`, once, if more than `steps` steps have been waiting in `deltas` for a second."""
+        self._most_unread, self._exceeded = steps, exceeded
 
     def abort(self, request_ids: Sequence[int] | None = None) -> None:
         """Tell the engine to forget these requests (None: all that are open). Their deltas stop at once."""
@@ -63,6 +74,14 @@ class SocketAnswers:
     def deliver(self, item: list[Delta] | EngineUnavailableError) -> None:
         """Called by the connection."""
         self._arrived.put_nowait(item)
+        if self._arrived.qsize() <= self._most_unread:
+            self._behind_since = math.inf
+            return
+        now = monotonic()
+        self._behind_since = min(self._behind_since, now)
+        if now - self._behind_since >= BEHIND_SECONDS:
+            self._most_unread = math.inf
+            self._exceeded()
 
 
 class _Connection:

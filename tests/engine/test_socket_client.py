@@ -11,7 +11,7 @@ import pytest
 from engine.client import EngineRejectedError, EngineUnavailableError
 from engine.listener import Connected, Disconnected, MessageListener
 from engine.messages import Abort, Accepted, Deltas, EngineHello, Rejected, Submit, ToEngine, encode_frame
-from engine.socket_client import SocketEngineClient
+from engine.socket_client import SocketAnswers, SocketEngineClient, _Connection
 from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, SamplingParams
 
 INFO = EngineInfo(
@@ -190,6 +190,30 @@ async def test_engine_death_fails_open_answers_and_a_new_engine_serves(
                     await asyncio.sleep(0.01)
     finally:
         await reborn.close()
+
+
+async def test_a_reader_that_stays_behind_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("engine.socket_client.monotonic", lambda: now)
+    told: list[float] = []
+    answers = SocketAnswers(_Connection(tmp_path / "nobody"), [1])
+    answers.limit_unread(3, lambda: told.append(now))
+    step = [Delta(request_id=1, token_ids=(5,))]
+    for _ in range(10):  # as many as may come at once after this process was held up
+        answers.deliver(step)
+    taking = answers.deltas()
+    for _ in range(10):
+        assert await anext(taking) == step
+    now = 102.0
+    for _ in range(4):
+        answers.deliver(step)
+    now = 102.9
+    answers.deliver(step)
+    assert told == []
+    now = 103.0
+    answers.deliver(step)
+    answers.deliver(step)
+    assert told == [103.0]
 
 
 async def _collect(deltas: AsyncIterator[list[Delta]]) -> list[list[Delta]]:

@@ -2,7 +2,7 @@
 #
 #   make serve PORT=9000 ARGS="--max-rows 16"     VENV=/path and PYTHON=python3.12 choose environment and interpreter
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000

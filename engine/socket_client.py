@@ -25,7 +25,8 @@ from engine.messages import (
     encode_frame,
     from_engine_reader,
 )
-from engine.router import choose_engine
+from engine.metrics import MetricsRecorder
+from engine.router import choose_engine, preferred_engine, prefix_slack
 from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest
 
 log = logging.getLogger(__name__)
@@ -202,8 +203,9 @@ class _Connection:
 class SocketEngineClient:
     """The `EngineClient` of an API process: one connection to each engine process."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], metrics: MetricsRecorder) -> None:
         self._connections = [_Connection(path) for path in paths]
+        self._metrics = metrics
         self._tasks: list[asyncio.Task[None]] = []
         self._request_ids = itertools.count()
         self._group_ids = itertools.count()
@@ -247,12 +249,26 @@ class SocketEngineClient:
         full: EngineRejectedError | None = None
         asked: list[_Connection] = []
         while up := [connection for connection in self._connections if connection.up and connection not in asked]:
-            connection = up[choose_engine([c.expected_load for c in up])]
+            connection, by_prefix = self._choose(up, requests[0])
             try:
-                return await connection.submit(next(self._group_ids), requests)
+                answers = await connection.submit(next(self._group_ids), requests)
             except EngineRejectedError as error:
                 if error.code != "queue_full":
                     raise
                 full = error
                 asked.append(connection)
+            else:
+                engine = str(self._connections.index(connection))
+                self._metrics.count("requests_routed_total", len(requests), (engine, "prefix" if by_prefix else "load"))
+                return answers
         raise full or EngineUnavailableError("no engine is ready to take requests; try again in a moment")
+
+    def _choose(self, up: Sequence[_Connection], request: GenerationRequest) -> tuple[_Connection, bool]:
+        """The engine for a group that begins with `request`, and whether its prefix decided."""
+        preferred, slack, info = None, 0, up[0].info
+        if len(up) > 1 and info is not None:
+            numbers = [self._connections.index(connection) for connection in up]
+            preferred = preferred_engine(request, numbers, info.page_size * info.block_length)
+            slack = prefix_slack(info)
+        choice = choose_engine([connection.expected_load for connection in up], preferred, slack)
+        return up[choice.place], choice.by_prefix

@@ -146,7 +146,7 @@ async def run(config: ApiProcessConfig) -> int:
         recorder.flush()  # the same connection: what this process counted until now is in the answer
         return await link.render_metrics(openmetrics)
 
-    engine = SocketEngineClient([Path(path) for path in config.engine_sockets])
+    engine = SocketEngineClient([Path(path) for path in config.engine_sockets], recorder)
     state = AppState(
         engine=engine,
         tokenizer=tokenizer,

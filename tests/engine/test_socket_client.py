@@ -11,6 +11,7 @@ import pytest
 from engine.client import EngineRejectedError, EngineUnavailableError
 from engine.listener import Connected, Disconnected, MessageListener
 from engine.messages import Abort, Accepted, Deltas, EngineHello, Rejected, Submit, ToEngine, encode_frame
+from engine.metrics import MetricsRecorder
 from engine.socket_client import SocketAnswers, SocketEngineClient, _Connection
 from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, SamplingParams
 
@@ -60,7 +61,7 @@ class ScriptedEngine:
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[SocketEngineClient]:
     """A client of an engine that is not there yet."""
-    client = SocketEngineClient([tmp_path / "engine.sock"])
+    client = SocketEngineClient([tmp_path / "engine.sock"], MetricsRecorder(lambda _: None))
     client.start()
     yield client
     await client.close()
@@ -285,7 +286,7 @@ def test_a_socket_file_left_behind_is_replaced(listener: MessageListener, tmp_pa
 
 
 async def test_the_load_is_what_all_engines_said_last(tmp_path: Path) -> None:
-    client = SocketEngineClient([tmp_path / "engine.sock", tmp_path / "engine1.sock"])
+    client = SocketEngineClient([tmp_path / "engine.sock", tmp_path / "engine1.sock"], MetricsRecorder(lambda _: None))
     client.start()
     engines = [ScriptedEngine(tmp_path / "engine.sock"), ScriptedEngine(tmp_path / "engine1.sock")]
     try:
@@ -307,7 +308,7 @@ async def test_the_load_is_what_all_engines_said_last(tmp_path: Path) -> None:
 
 
 async def test_a_burst_is_spread_and_a_full_engine_leaves_its_requests_to_another(tmp_path: Path) -> None:
-    client = SocketEngineClient([tmp_path / "engine.sock", tmp_path / "engine1.sock"])
+    client = SocketEngineClient([tmp_path / "engine.sock", tmp_path / "engine1.sock"], MetricsRecorder(lambda _: None))
     client.start()
     engines = [ScriptedEngine(tmp_path / "engine.sock"), ScriptedEngine(tmp_path / "engine1.sock")]
     try:

@@ -5,8 +5,9 @@
 
 Closed loops of equal lengths, in turn, against a canned server whose times are known and against `blockserve serve`.
 The medians of all runs are compared; appends the rows to benchmarks/results/against_guidellm.jsonl and ends with one
-JSON line. guidellm needs an environment of its own, and is started outside of this repository, whose packages its
-libraries would otherwise import.
+JSON line. The server has half of the cores and the clients the others: guidellm takes more of them than we do, and a
+server that has to share is slower before it. guidellm needs an environment of its own, and is started outside of this
+repository, whose packages its libraries would otherwise import.
 """
 
 import argparse
@@ -112,6 +113,20 @@ async def compare_canned(options: argparse.Namespace) -> dict[str, Any]:
         return await asyncio.to_thread(compare, options, url, "canned", f"canned, {PACE_S} s a block")
 
 
+def compare_served(options: argparse.Namespace) -> dict[str, Any]:
+    """The row of `blockserve serve`, which has cores of its own if there are enough."""
+    cores = sorted(os.sched_getaffinity(0))
+    with contextlib.ExitStack() as stack:
+        os.sched_setaffinity(0, cores[: max(1, len(cores) // 2)])
+        stack.callback(os.sched_setaffinity, 0, cores)
+        server = stack.enter_context(served(options.model, options.device, options.server_arguments))
+        os.sched_setaffinity(0, cores[len(cores) // 2 :])
+        bench = argparse.ArgumentParser()
+        add_arguments(bench)
+        model = asyncio.run(first_model(read_options(bench.parse_args(["--url", server.url]))))
+        return compare(options, server.url, model, f"blockserve, {options.device}")
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
     table = Table(title=f"blockserve bench / guidellm, means, medians of {rows[0]['runs']} runs")
@@ -127,6 +142,7 @@ def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--guidellm", required=True, help="its command")
+    parser.add_argument("--servers", choices=("canned", "blockserve"), nargs="+", default=["canned", "blockserve"])
     parser.add_argument("--model", help="model directory [the embedded model]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--open", type=int, default=8, help="requests kept open")
@@ -137,12 +153,11 @@ def main() -> None:
     parser.add_argument("--no-results", action="store_true", help="append nothing to benchmarks/results")
     parser.add_argument("--server-arguments", nargs=argparse.REMAINDER, default=[], help="the rest goes to the server")
     options = parser.parse_args()
-    rows = [asyncio.run(compare_canned(options))]
-    with served(options.model, options.device, options.server_arguments) as server:
-        bench = argparse.ArgumentParser()
-        add_arguments(bench)
-        model = asyncio.run(first_model(read_options(bench.parse_args(["--url", server.url]))))
-        rows.append(compare(options, server.url, model, f"blockserve, {options.device}"))
+    rows = []
+    if "canned" in options.servers:
+        rows.append(asyncio.run(compare_canned(options)))
+    if "blockserve" in options.servers:
+        rows.append(compare_served(options))
     show(rows)
     if not options.no_results:
         append("against_guidellm", rows)

@@ -72,7 +72,8 @@ def by_ourselves(options: argparse.Namespace, url: str, model: str) -> dict[str,
     add_arguments(bench)
     flags = ["--url", url, "--model", model, "--concurrency", str(options.open), "--requests", str(options.requests)]
     flags += ["--prompt-tokens", str(options.prompt_tokens), "--output-tokens", str(options.output_tokens)]
-    plan = read_options(bench.parse_args([*flags, "--workers", "1"]))
+    # guidellm names no temperature, which means 1, and sampling takes the server longer than choosing the best.
+    plan = read_options(bench.parse_args([*flags, "--workers", "1", "--temperature", "1"]))
     row = asyncio.run(measure(plan, plan.loads[0], [plan.address], "blockserve bench"))
     if row["failures"]:
         raise RuntimeError(f"requests: {row['errors']}")

@@ -2,7 +2,7 @@
 #
 #   make serve PORT=9000 ARGS="--max-rows 16"     VENV=/path and PYTHON=python3.12 choose environment and interpreter
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -50,7 +50,7 @@ bench: $(DEV) ## Measure a server with the embedded model (ARGS="--device cuda -
 bench-engine: $(DEV) ## Measure the engine alone on a GPU (ARGS="--models block-302M --workloads P D")
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 
-bench-%: $(DEV) ## Measure on a GPU one of kernels, mixed, latency, startup, rescore, front_end_scale
+bench-%: $(DEV) ## Measure on a GPU one of kernels, mixed, latency, startup, rescore, front_end_scale, hostile_clients
 	$(BIN)/python -m benchmarks.$* $(ARGS)
 
 soak: $(DEV) ## Load a server at random, kill its engine, look for leaks (ARGS="--minutes 8 --device cuda")

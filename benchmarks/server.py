@@ -40,6 +40,8 @@ class Served:
     """A running server and what it serves."""
 
     url: str
+    pid: int
+    """Of its supervisor."""
     config: ModelConfig
     seconds_to_ready: float
     seconds_to_first_token: float
@@ -63,7 +65,7 @@ def served(model: str | None, device: str, extra: list[str]) -> Iterator[Served]
         with httpx.Client(base_url=url, timeout=60) as client:
             client.post("/v1/completions", json={"prompt": "Once", "max_tokens": 1}).raise_for_status()
         first = time.perf_counter() - started
-        yield Served(url, ModelConfig.load(find_model(model)), ready, first)
+        yield Served(url, process.pid, ModelConfig.load(find_model(model)), ready, first)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)

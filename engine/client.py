@@ -3,7 +3,7 @@
 `engine.socket_client` is the client of a running server; tests of the front end bring a fake of the same shape.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, RejectCode, ScoreRequest
@@ -31,6 +31,10 @@ class Answers(Protocol):
 
         Raises EngineUnavailableError if the engine dies first.
         """
+        ...
+
+    def limit_unread(self, steps: int, exceeded: Callable[[], None]) -> None:
+        """Call `exceeded`, once, if more than `steps` steps have been waiting in `deltas` for a second."""
         ...
 
     def abort(self, request_ids: Sequence[int] | None = None) -> None:

@@ -78,6 +78,12 @@ METRICS: dict[str, Metric] = {
             "prefix_cache_queries_total", "counter", "Prompt tokens of requests that were given a row first.", ENGINE
         ),
         _metric("prefix_cache_hits_total", "counter", "Those of them that the prefix cache held.", ENGINE),
+        _metric(
+            "requests_routed_total",
+            "counter",
+            "Requests that an engine took, by what chose it: their prompt's prefix, or the load.",
+            ("engine", "by"),
+        ),
         _metric("engine_restarts_total", "counter", "Times an engine process was started again after it died.", ENGINE),
         _metric("step_seconds", "histogram", "Duration of a step.", ENGINE, SECONDS_BUCKETS),
         _metric("batch_rows", "histogram", "Rows that decoded in a step.", ENGINE, ROWS_BUCKETS),

@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Sequence
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from time import monotonic
 
 import msgspec
 
@@ -23,13 +25,16 @@ from engine.messages import (
     encode_frame,
     from_engine_reader,
 )
-from engine.router import choose_engine
+from engine.metrics import MetricsRecorder
+from engine.router import choose_engine, preferred_engine, prefix_slack
 from engine.types import Delta, EngineInfo, EngineLoad, GenerationRequest, ScoreRequest
 
 log = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.05
 READ_BYTES = 1 << 18
+BEHIND_SECONDS = 1.0
+"""A reader that was held up for a moment, as by its own process, has caught up long before."""
 
 
 class SocketAnswers:
@@ -39,6 +44,9 @@ class SocketAnswers:
         self._connection = connection
         self._open = set(request_ids)
         self._arrived: asyncio.Queue[list[Delta] | EngineUnavailableError] = asyncio.Queue()
+        self._most_unread: float = math.inf
+        self._exceeded: Callable[[], None] = lambda: None
+        self._behind_since = math.inf
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """What the engine delivers, step by step. Raises EngineUnavailableError if the engine dies first."""
@@ -50,6 +58,10 @@ class SocketAnswers:
             self._open.difference_update(delta.request_id for delta in item if delta.finish_reason is not None)
             if item:
                 yield item
+
+    def limit_unread(self, steps: int, exceeded: Callable[[], None]) -> None:
+        """Call `exceeded`, once, if more than `steps` steps have been waiting in `deltas` for a second."""
+        self._most_unread, self._exceeded = steps, exceeded
 
     def abort(self, request_ids: Sequence[int] | None = None) -> None:
         """Tell the engine to forget these requests (None: all that are open). Their deltas stop at once."""
@@ -63,6 +75,14 @@ class SocketAnswers:
     def deliver(self, item: list[Delta] | EngineUnavailableError) -> None:
         """Called by the connection."""
         self._arrived.put_nowait(item)
+        if self._arrived.qsize() <= self._most_unread:
+            self._behind_since = math.inf
+            return
+        now = monotonic()
+        self._behind_since = min(self._behind_since, now)
+        if now - self._behind_since >= BEHIND_SECONDS:
+            self._most_unread = math.inf
+            self._exceeded()
 
 
 class _Connection:
@@ -186,8 +206,9 @@ class _Connection:
 class SocketEngineClient:
     """The `EngineClient` of an API process: one connection to each engine process."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], metrics: MetricsRecorder) -> None:
         self._connections = [_Connection(path) for path in paths]
+        self._metrics = metrics
         self._tasks: list[asyncio.Task[None]] = []
         self._request_ids = itertools.count()
         self._group_ids = itertools.count()
@@ -231,12 +252,27 @@ class SocketEngineClient:
         full: EngineRejectedError | None = None
         asked: list[_Connection] = []
         while up := [connection for connection in self._connections if connection.up and connection not in asked]:
-            connection = up[choose_engine([c.expected_load for c in up])]
+            connection, by_prefix = self._choose(up, requests[0] if requests else None)
             try:
-                return await connection.submit(next(self._group_ids), requests, scores)
+                answers = await connection.submit(next(self._group_ids), requests, scores)
             except EngineRejectedError as error:
                 if error.code != "queue_full":
                     raise
                 full = error
                 asked.append(connection)
+            else:
+                engine = str(self._connections.index(connection))
+                number, reason = len(requests) + len(scores), "prefix" if by_prefix else "load"
+                self._metrics.count("requests_routed_total", number, (engine, reason))
+                return answers
         raise full or EngineUnavailableError("no engine is ready to take requests; try again in a moment")
+
+    def _choose(self, up: Sequence[_Connection], request: GenerationRequest | None) -> tuple[_Connection, bool]:
+        """The engine for a group that begins with `request` (None: of scores only), and whether its prefix decided."""
+        preferred, slack, info = None, 0, up[0].info
+        if len(up) > 1 and info is not None and request is not None:
+            numbers = [self._connections.index(connection) for connection in up]
+            preferred = preferred_engine(request, numbers, info.page_size * info.block_length)
+            slack = prefix_slack(info)
+        choice = choose_engine([connection.expected_load for connection in up], preferred, slack)
+        return up[choice.place], choice.by_prefix

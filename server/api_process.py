@@ -7,6 +7,7 @@ start, and engine.control.EXIT_ORPHANED.
 import asyncio
 import contextlib
 import logging
+import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from engine.tokenizer import Tokenizer, TokenizerError
 from server.app import create_app
 from server.app_state import AppState
 from server.control import SupervisorLink
+from server.http_protocol import ClientProtocol
 from server.settings import ServeSettings
 
 log = logging.getLogger(__name__)
@@ -88,7 +90,7 @@ async def serve_app(app: ASGIApp, listener: socket.socket, link: SupervisorLink,
     requests = OpenRequests(app)
     config = uvicorn.Config(
         requests,
-        http="httptools",
+        http=ClientProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -116,6 +118,12 @@ async def serve_app(app: ASGIApp, listener: socket.socket, link: SupervisorLink,
             await drainer
 
 
+def allow_connections() -> None:
+    """Let this process have as many descriptors, so as many connections, as its user may give it without asking."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 async def flush_for_ever(recorder: MetricsRecorder) -> None:
     """Send what was counted, four times a second at most."""
     while True:
@@ -138,7 +146,7 @@ async def run(config: ApiProcessConfig) -> int:
         recorder.flush()  # the same connection: what this process counted until now is in the answer
         return await link.render_metrics(openmetrics)
 
-    engine = SocketEngineClient([Path(path) for path in config.engine_sockets])
+    engine = SocketEngineClient([Path(path) for path in config.engine_sockets], recorder)
     state = AppState(
         engine=engine,
         tokenizer=tokenizer,
@@ -169,6 +177,7 @@ def main(config_path: str) -> int:
     become_child()
     config = read_process_config(Path(config_path), ApiProcessConfig)
     configure_logging(config.log, f"api {config.index}")
+    allow_connections()
     return uvloop.run(run(config))
 
 

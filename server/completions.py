@@ -18,6 +18,7 @@ from server.choices import Choice, Piece, PromptScore, make_choices
 from server.disconnect import ClientGoneError, noticing, unless_disconnected
 from server.echo import EchoAnswers
 from server.errors import as_api_error, draining, generation_failed, internal, unavailable
+from server.http_protocol import hang_up
 from server.json_body import parse_json_object, read_body
 from server.logprobs import LogprobsWriter, join, prompt_logprobs
 from server.model_names import served_model
@@ -108,7 +109,7 @@ class CompletionResponse(Response):
             answers = await self._submit()
             try:
                 await (
-                    self._stream(answers, send)
+                    self._stream(answers, scope, send)
                     if self._completion.stream
                     else self._whole(answers, scope, receive, send)
                 )
@@ -163,7 +164,8 @@ class CompletionResponse(Response):
         body = self._body(bodies, self._usage(self._generated_tokens))
         await Response(body, media_type="application/json")(scope, receive, send)
 
-    async def _stream(self, answers: Answers, send: Send) -> None:
+    async def _stream(self, answers: Answers, scope: Scope, send: Send) -> None:
+        answers.limit_unread(self._state.settings.max_unread, lambda: self._hang_up(scope))
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
         try:
             each_token = self._state.settings.stream_chunks == "token"
@@ -179,6 +181,11 @@ class CompletionResponse(Response):
         if self._include_usage:
             end = event(self._body([], self._usage(self._generated_tokens))) + end
         await send({"type": "http.response.body", "body": end, "more_body": False})
+
+    def _hang_up(self, scope: Scope) -> None:
+        """The client is too far behind. Handled as gone from here: an error would reach it behind all the rest."""
+        self._record.fields["error"] = "the client is too far behind"
+        hang_up(scope)
 
     async def _end_with_error(self, error: Exception, send: Send) -> None:
         self._outcome = "error"

@@ -1,6 +1,6 @@
 """Answers that are the prompt alone: `echo` with `max_tokens: 0`. The engine has at most a part in their logprobs."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from engine.client import Answers
 from engine.types import Delta, GenerationRequest
@@ -20,6 +20,9 @@ class EchoAnswers:
         if self._scores is not None:
             async for step in self._scores.deltas():
                 yield step
+
+    def limit_unread(self, steps: int, exceeded: Callable[[], None]) -> None:
+        """There is one step."""
 
     def abort(self, request_ids: Sequence[int] | None = None) -> None:
         """Only the scores can be aborted."""

@@ -33,7 +33,7 @@ def serve(settings: ServeSettings) -> int:
     try:
         model = find_model(settings.model)
         ModelConfig.load(model)
-        ports = bind_ports(settings.host, settings.port, settings.front_ends())
+        ports = bind_ports(settings.host, settings.port, settings.front_ends(), stall_timeout_s=settings.stall_timeout)
         with ports as listeners, runtime_directory() as directory:
             specs = plan_children(settings, model, listeners, directory)
             return asyncio.run(_supervise(settings, specs, listeners, directory))

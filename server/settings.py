@@ -181,6 +181,12 @@ class ServeSettings(BaseModel):
     max_body_bytes: Annotated[ByteSize, Field(ge=1024, le=1 << 30)] = _setting(
         ByteSize(16 << 20), "Limits", "BYTES", "size of an HTTP request's body, like 16MiB", shown="16MiB"
     )
+    max_unread: Annotated[int, Field(ge=1, le=1 << 20)] = _setting(
+        1024, "Limits", "N", "blocks of each answer that a stream's client may be behind, before its connection is cut"
+    )
+    stall_timeout: Annotated[float, Field(ge=1, le=1e6, allow_inf_nan=False)] = _setting(
+        60.0, "Limits", "SECONDS", "a client that takes nothing of what it is sent for so long loses its connection"
+    )
     stream_chunks: Literal["block", "token"] = _setting(
         "block",
         "Limits",

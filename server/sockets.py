@@ -36,14 +36,18 @@ def bind_port(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def bind_ports(host: str, port: int, number: int) -> Iterator[list[socket.socket]]:
+def bind_ports(
+    host: str, port: int, number: int, *, stall_timeout_s: float | None = None
+) -> Iterator[list[socket.socket]]:
     """So many listening sockets on one port, closed afterwards. A backlog outlives the process that it is for: what
-    connects while one restarts is answered by the next. Raises PortError.
+    connects while one restarts is answered by the next. A client that takes nothing of what it is sent for
+    `stall_timeout_s` loses its connection (None: when the kernel gives up by itself). Raises PortError.
     """
     with contextlib.ExitStack() as stack:
         # The first bind is without SO_REUSEPORT: with it, a second server on the port would be no error.
         first = stack.enter_context(bind_port(host, port))
         if number == 1:
+            _cut_off_stalled([first], stall_timeout_s)
             yield [first]
             return
         address = first.getsockname()
@@ -59,7 +63,16 @@ def bind_ports(host: str, port: int, number: int) -> Iterator[list[socket.socket
                 listener.listen(socket.SOMAXCONN)
             except OSError as error:
                 raise PortError(_explain(error, host, address[1])) from None
+        _cut_off_stalled(listeners, stall_timeout_s)
         yield listeners
+
+
+def _cut_off_stalled(listeners: list[socket.socket], seconds: float | None) -> None:
+    """Accepted connections inherit it. The kernel counts from the moment when the client's window is full."""
+    if seconds is None:
+        return
+    for listener in listeners:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(seconds * 1e3))
 
 
 def server_url(listener: socket.socket) -> str:

@@ -1,8 +1,9 @@
-"""An HTTP server that computes nothing, to measure a load tester with: `python -m server.bench.canned_server`.
+"""An HTTP server that computes nothing, to measure a load tester with: `python -m server.bench.canned_server [PACE]`.
 
 Prints its port. Every POST is answered with as many tokens as it asks for, in prepared bytes: whole, or as a stream of
 blocks that goes on as fast as it is read. Streams take turns, a block each, as those of a real server do, so that the
-client wakes up as often.
+client wakes up as often. With PACE, seconds, each stream has its first block that long after its request, and each
+block that long after the one before: what a load tester should then say is known.
 """
 
 import asyncio
@@ -54,17 +55,32 @@ def whole(tokens: int) -> bytes:
 class Streams:
     """Open streams, which take turns."""
 
-    def __init__(self) -> None:
+    def __init__(self, pace: float = 0.0) -> None:
+        self._pace = pace
         self._open: deque[tuple[asyncio.Transport, int, int]] = deque()
         self._stepping = False
 
     def begin(self, transport: asyncio.Transport, tokens: int) -> None:
         """Stream so many tokens."""
         transport.write(HEAD)
+        if self._pace:
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._pace, self._deliver, transport, tokens, tokens, loop.time() + self._pace)
+            return
         self._open.append((transport, tokens, tokens))
         if not self._stepping:
             self._stepping = True
             asyncio.get_running_loop().call_soon(self._step)
+
+    def _deliver(self, transport: asyncio.Transport, left: int, tokens: int, due: float) -> None:
+        """A block of a stream with a pace."""
+        if transport.is_closing():
+            return
+        left -= BLOCK
+        transport.write(MIDDLE if left > 0 else LAST + stream_end(tokens))
+        if left > 0:
+            due += self._pace
+            asyncio.get_running_loop().call_at(due, self._deliver, transport, left, tokens, due)
 
     def _step(self) -> None:
         """A block for each that reads what it gets."""
@@ -83,7 +99,7 @@ class Streams:
 
 
 class Connection(asyncio.Protocol):
-    """One connection; reads just as much of HTTP as `server.bench.http_client` writes."""
+    """One connection; reads just as much of HTTP as load testers write."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
@@ -99,7 +115,7 @@ class Connection(asyncio.Protocol):
         end = self._data.find(b"\r\n\r\n") + 4
         if end < 4:
             return
-        length = number_after(self._data, b"content-length: ")
+        length = number_after(self._data[:end].lower(), b"content-length: ")
         if len(self._data) < end + length:
             return
         body, self._data = self._data[end : end + length], self._data[end + length :]
@@ -119,9 +135,9 @@ def number_after(data: bytes, name: bytes) -> int:
     return int(data[start:end])
 
 
-async def serve() -> None:
+async def serve(pace: float = 0.0) -> None:
     """Serve until the process ends."""
-    streams = Streams()
+    streams = Streams(pace)
     server = await asyncio.get_running_loop().create_server(lambda: Connection(streams), "127.0.0.1", 0, backlog=4096)
     sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
     sys.stdout.flush()
@@ -131,7 +147,7 @@ async def serve() -> None:
 def main() -> None:
     """Run the process."""
     become_child()
-    uvloop.run(serve())
+    uvloop.run(serve(float(sys.argv[1]) if len(sys.argv) > 1 else 0.0))
 
 
 if __name__ == "__main__":

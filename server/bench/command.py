@@ -120,12 +120,12 @@ async def first_model(plan: Plan) -> str:
 
 
 @contextlib.asynccontextmanager
-async def canned_servers(number: int) -> AsyncIterator[list[Address]]:
-    """Servers that compute nothing, in processes of their own. Raises WorkerError."""
+async def canned_servers(number: int, pace: float = 0.0) -> AsyncIterator[list[Address]]:
+    """Servers that compute nothing, in processes of their own, with `pace` seconds a block. Raises WorkerError."""
     async with contextlib.AsyncExitStack() as stack:
         addresses = []
         for _ in range(number):
-            process = await stack.enter_async_context(module_process("server.bench.canned_server"))
+            process = await stack.enter_async_context(module_process("server.bench.canned_server", str(pace)))
             assert process.stdout is not None
             line = await process.stdout.readline()
             if not line:

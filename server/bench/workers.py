@@ -77,10 +77,10 @@ async def start_workers(works: Sequence[Work]) -> AsyncIterator[Workers]:
 
 
 @contextlib.asynccontextmanager
-async def module_process(module: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`python -m module` with pipes; killed afterwards, if it is still there."""
+async def module_process(module: str, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`python -m module ARGUMENTS` with pipes; killed afterwards, if it is still there."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", module),
+        *(sys.executable, "-P", "-m", module, *arguments),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env=child_environment(),

@@ -11,7 +11,8 @@ import pytest
 from engine.client import EngineRejectedError, EngineUnavailableError
 from engine.listener import Connected, Disconnected, MessageListener
 from engine.messages import Abort, Accepted, Deltas, EngineHello, Rejected, Submit, ToEngine, encode_frame
-from engine.socket_client import SocketEngineClient
+from engine.metrics import MetricsRecorder
+from engine.socket_client import SocketAnswers, SocketEngineClient, _Connection
 from engine.types import (
     Delta,
     EngineInfo,
@@ -69,7 +70,7 @@ class ScriptedEngine:
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[SocketEngineClient]:
     """A client of an engine that is not there yet."""
-    client = SocketEngineClient([tmp_path / "engine.sock"])
+    client = SocketEngineClient([tmp_path / "engine.sock"], MetricsRecorder(lambda _: None))
     client.start()
     yield client
     await client.close()
@@ -201,6 +202,30 @@ async def test_engine_death_fails_open_answers_and_a_new_engine_serves(
         await reborn.close()
 
 
+async def test_a_reader_that_stays_behind_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("engine.socket_client.monotonic", lambda: now)
+    told: list[float] = []
+    answers = SocketAnswers(_Connection(tmp_path / "nobody"), [1])
+    answers.limit_unread(3, lambda: told.append(now))
+    step = [Delta(request_id=1, token_ids=(5,))]
+    for _ in range(10):  # as many as may come at once after this process was held up
+        answers.deliver(step)
+    taking = answers.deltas()
+    for _ in range(10):
+        assert await anext(taking) == step
+    now = 102.0
+    for _ in range(4):
+        answers.deliver(step)
+    now = 102.9
+    answers.deliver(step)
+    assert told == []
+    now = 103.0
+    answers.deliver(step)
+    answers.deliver(step)
+    assert told == [103.0]
+
+
 async def _collect(deltas: AsyncIterator[list[Delta]]) -> list[list[Delta]]:
     return [item async for item in deltas]
 
@@ -270,7 +295,7 @@ def test_a_socket_file_left_behind_is_replaced(listener: MessageListener, tmp_pa
 
 
 async def test_the_load_is_what_all_engines_said_last(tmp_path: Path) -> None:
-    client = SocketEngineClient([tmp_path / "engine.sock", tmp_path / "engine1.sock"])
+    client = SocketEngineClient([tmp_path / "engine.sock", tmp_path / "engine1.sock"], MetricsRecorder(lambda _: None))
     client.start()
     engines = [ScriptedEngine(tmp_path / "engine.sock"), ScriptedEngine(tmp_path / "engine1.sock")]
     try:
@@ -292,7 +317,7 @@ async def test_the_load_is_what_all_engines_said_last(tmp_path: Path) -> None:
 
 
 async def test_a_burst_is_spread_and_a_full_engine_leaves_its_requests_to_another(tmp_path: Path) -> None:
-    client = SocketEngineClient([tmp_path / "engine.sock", tmp_path / "engine1.sock"])
+    client = SocketEngineClient([tmp_path / "engine.sock", tmp_path / "engine1.sock"], MetricsRecorder(lambda _: None))
     client.start()
     engines = [ScriptedEngine(tmp_path / "engine.sock"), ScriptedEngine(tmp_path / "engine1.sock")]
     try:
@@ -341,3 +366,13 @@ async def test_scores_are_part_of_a_group(client: SocketEngineClient, engine: Sc
     engine.listener.send(peer_id, Deltas(deltas=[told], load=EngineLoad()))
     engine.listener.send(peer_id, Deltas(deltas=[ended], load=EngineLoad()))
     assert [delta async for step in answers.deltas() for delta in step] == [told, ended]
+
+
+async def test_a_group_may_be_scores_alone(client: SocketEngineClient, engine: ScriptedEngine) -> None:
+    score = ScoreRequest(request_id=client.next_request_id(), text=pack_tokens((1, 2, 3)))
+    submitting = asyncio.create_task(client.submit([], [score]))
+    peer_id, message = await engine.next(Submit)
+    assert isinstance(message, Submit)
+    assert (message.requests, message.scores) == ([], [score])
+    engine.listener.send(peer_id, Accepted(group_id=message.group_id))
+    await submitting

@@ -123,6 +123,9 @@ class FakeAnswers:
             self.open -= {delta.request_id for delta in step if delta.finish_reason is not None}
             yield step
 
+    def limit_unread(self, steps: int, exceeded: Callable[[], None]) -> None:
+        self.most_unread, self.exceeded = steps, exceeded
+
     def abort(self, request_ids: Sequence[int] | None = None) -> None:
         gone = self.open if request_ids is None else self.open & set(request_ids)
         self.aborted += sorted(gone)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -142,6 +143,18 @@ async def test_it_serves_completions_and_answers_probes_as_the_supervisor_says(a
             await asyncio.sleep(0.01)
         assert "as told" in health.json()["error"]["message"]
         assert (await client.get("/ready")).status_code == 503
+
+
+async def test_it_may_have_as_many_connections_as_its_user_allows(api: Api) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # What a child inherits.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
+    try:
+        async with api.running():
+            assert api.process is not None
+            assert resource.prlimit(api.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_metrics_include_all_that_was_answered_before(api: Api) -> None:

@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 
 from engine.types import Delta
+from server.http_protocol import ClientProtocol
 from tests.server.fakes import FakeEngine, Harness, reply_deltas, until
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -37,11 +38,11 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def listening(harness: Harness) -> AsyncIterator[Server]:
+async def listening(harness: Harness, keep_alive: int = 5) -> AsyncIterator[Server]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(
-            harness.app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
-            timeout_graceful_shutdown=1,
+            harness.app, http=ClientProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
+            timeout_keep_alive=keep_alive, timeout_graceful_shutdown=1,
         )  # fmt: skip
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[assignment, method-assign]
@@ -182,6 +183,28 @@ async def test_a_reader_that_does_not_read_holds_up_nobody_and_is_still_noticed_
         assert not stuck.arrived.empty(), "the slow reader was not slow enough to prove anything"
         slow.close()
         await until(lambda: stuck.aborted == [request_id])
+
+
+async def test_a_reader_that_is_too_far_behind_is_cut_off() -> None:
+    harness = Harness(FakeEngine(script=None), max_unread=7)
+    async with listening(harness) as server:
+        reader, writer = await server.post(completion(stream=True))
+        await read_head(reader)
+        (group,) = harness.engine.groups
+        assert group.most_unread == 7
+        group.exceeded()
+        assert not (await reader.read()).endswith(b"0\r\n\r\n")
+        await until(lambda: group.aborted == [group.requests[0].request_id])
+        await close(writer)
+        key = ("http_requests_total", "/v1/completions", "POST", "499")
+        await until(lambda: harness.count().counters.get(key) == 1)
+
+
+async def test_a_connection_that_says_nothing_is_closed() -> None:
+    async with listening(Harness(), keep_alive=0) as server:
+        reader, writer = await server.connect()
+        assert await asyncio.wait_for(reader.read(), 2) == b""
+        await close(writer)
 
 
 async def test_requests_on_one_connection_follow_each_other() -> None:

@@ -1,6 +1,7 @@
 """Binding the port."""
 
 import contextlib
+import errno
 import os
 import socket
 
@@ -84,3 +85,22 @@ def test_a_port_with_several_sockets_is_still_one_servers(first: int, second: in
             pass
     with bind_ports("127.0.0.1", port, second) as listeners:
         assert len(listeners) == second
+
+
+def test_a_client_that_takes_nothing_is_cut_off_on_every_socket() -> None:
+    for number in (1, 2):
+        with bind_ports("127.0.0.1", 0, number, stall_timeout_s=1.5) as listeners:
+            for listener in listeners:
+                assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
+
+
+def test_the_kernel_cuts_off_a_client_that_takes_nothing() -> None:
+    with contextlib.ExitStack() as stack:
+        (listener,) = stack.enter_context(bind_ports("127.0.0.1", 0, 1, stall_timeout_s=0.1))
+        stack.enter_context(socket.create_connection(listener.getsockname()))
+        stream = stack.enter_context(listener.accept()[0])
+        stream.settimeout(10)
+        with pytest.raises(TimeoutError) as caught:
+            stream.sendall(bytes(64 << 20))
+        # Of the connection, not of this call.
+        assert caught.value.errno == errno.ETIMEDOUT

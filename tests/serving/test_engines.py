@@ -36,6 +36,19 @@ def test_requests_are_spread_and_answers_are_the_same(two: ServerProcess) -> Non
     assert two.metric("generation_tokens_total") == 1200
 
 
+def test_prompts_that_begin_alike_go_to_one_engine_until_it_is_busy(two: ServerProcess) -> None:
+    start = "Once upon a time there was a little dog who lived in a big house near the sea. " * 5
+    for ending in ("One day", "Every morning", "At night"):
+        answer = complete(two, {**SHORT, "prompt": start + ending}).json()
+        cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert (cached > 0) == (ending != "One day")
+    routed = {engine: two.metric("requests_routed_total", engine=engine, by="prefix") for engine in "01"}
+    assert sorted(routed.values()) == [0, 3]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: complete(two, {**LONG, "prompt": start, "max_tokens": 200}), range(6)))
+    assert all(two.metric("steps_total", engine=engine) > 0 for engine in "01")
+
+
 def test_one_engines_death_fails_only_its_requests(two: ServerProcess) -> None:
     with ExitStack() as stack:
         streams = [stack.enter_context(streaming(two, {**LONG, "max_tokens": 1000})) for _ in range(4)]

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,9 @@ async def test_the_ceiling_needs_no_server_and_marks_what_it_binds() -> None:
 
 
 @contextlib.asynccontextmanager
-async def canned() -> AsyncIterator[HttpConnection]:
+async def canned(pace: float = 0.0) -> AsyncIterator[HttpConnection]:
     """A connection to a canned server in this process."""
-    streams = Streams()
+    streams = Streams(pace)
     loop = asyncio.get_running_loop()
     async with await loop.create_server(lambda: Connection(streams), "127.0.0.1", 0) as server:
         connection = await HttpConnection.open(Address("127.0.0.1", server.sockets[0].getsockname()[1]))
@@ -154,6 +155,20 @@ async def test_the_canned_server_says_what_it_is_asked_for(tokens: int, stream: 
             response = await connection.request(post(Address("x", 1).head("POST", "/v1/completions", {}), body))
             assert read_usage(response, streamed=stream).completion_tokens == tokens
             assert response.body.count(b'"text":') == (-(-tokens // BLOCK) if stream else 1)
+
+
+async def test_the_canned_server_keeps_its_pace() -> None:
+    body = json.dumps({"max_tokens": 5 * BLOCK, "stream": True}, separators=(",", ":")).encode()
+    async with canned(0.02) as connection:
+        # As other clients spell it.
+        head = Address("x", 1).head("POST", "/v1/completions", {})
+        data = post(head, body).replace(b"content-length", b"Content-Length")
+        began = time.monotonic()
+        response = await connection.request(data)
+    assert response.body.count(b'"text":') == 5
+    # Never early; a machine that is busy elsewhere may be late, and then two come together.
+    assert response.deliveries[0] - began >= 0.019
+    assert response.deliveries[-1] - began >= 0.099
 
 
 async def test_canned_servers_end_with_their_context() -> None:

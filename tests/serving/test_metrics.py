@@ -25,6 +25,8 @@ EXPECTED = {
     "requests_total{outcome=rejected}": 1,
     "prompt_tokens_total": 3 * 4,
     "prefix_cache_queries_total{engine=0}": 4 * 4,
+    # The one that leaves the queue was taken too.
+    "requests_routed_total{by=load,engine=0}": 5,
     "generation_tokens_total": LONG + 10 + 2 * 8,
     "steps_total{engine=0}": LONG // 4 + 3 + 2 * 2,
     "http_requests_total{handler=/v1/completions,method=POST,status=200}": 3,

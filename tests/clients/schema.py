@@ -22,6 +22,8 @@ from tests.serving.server_process import ServerProcess, start_server, wait_until
 SCHEMATHESIS = Environment(("schemathesis>=4.30",))
 EXAMPLES = 500
 """Of each operation in one run, with a seed of its own."""
+FEW = ("--max-choices", "16")
+"""A schema allows a thousand answers, which would take most of the time."""
 STREAM_EVENTS = 300
 """Of longer streams no more is read."""
 
@@ -64,7 +66,7 @@ def main() -> None:
     home = options.home.expanduser().resolve() / "schemathesis"
     SCHEMATHESIS.make(home)
     log = RunLog(options.log)
-    with tempfile.TemporaryDirectory(prefix="blockserve-schema-") as folder, start_server(Path(folder)) as server:
+    with tempfile.TemporaryDirectory(prefix="blockserve-schema-") as folder, start_server(Path(folder), *FEW) as server:
         log.begin(server.url)
         log.write(f"schemathesis {SCHEMATHESIS.version(home, 'schemathesis')}")
         seed = options.seed

@@ -9,6 +9,8 @@ PORT ?= 8000
 ARGS ?=
 TEST_WORKERS ?= 2
 IMAGE ?= blockserve
+CLIENTS ?= $(HOME)/.cache/blockserve/clients
+REQUESTS ?= 1000
 BASE ?= docker.io/library/debian:bookworm-slim
 
 BIN := $(VENV)/bin
@@ -18,7 +20,7 @@ DEV := $(VENV)/.blockserve-dev
 SOURCES := server engine kernels training benchmarks tests docs
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format unit docs bench bench-engine soak model-card image clean
+.PHONY: help serve test lint format unit test-clients test-schema docs bench bench-engine soak model-card image clean
 
 help: ## This list
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -36,6 +38,12 @@ lint: $(DEV) ## Style, types and import contracts
 
 unit: $(DEV) ## The tests alone
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(ARGS)
+
+test-clients: $(DEV) ## Real clients in environments of their own, in CLIENTS (ARGS="--only litellm --log docs/client-tests.txt")
+	$(BIN)/python -m tests.clients.run --home $(CLIENTS) $(ARGS)
+
+test-schema: $(DEV) ## REQUESTS made by schemathesis (ARGS="--log docs/schema-tests.txt")
+	$(BIN)/python -m tests.clients.schema --home $(CLIENTS) --requests $(REQUESTS) $(ARGS)
 
 format: $(DEV) ## Put the source in its standard form
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -1,10 +1,8 @@
 """The HTTP application: its routes, and errors in the envelope."""
 
-from typing import Any
-
 import msgspec
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from server.api_keys import METRICS_PATH, PROBE_PATHS, ApiKeyGuard
@@ -12,9 +10,20 @@ from server.app_state import AppState
 from server.completions import read_completion
 from server.errors import ApiError, draining, unavailable
 from server.model_names import unknown_model
-from server.protocol import CompletionRequest, StrictModel
+from server.openapi import gives, gives_text, takes
+from server.protocol import CompletionBody, CompletionRequest
 from server.request_scope import RequestScope
-from server.tokenization import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
+from server.tokenization import (
+    DetokenizeBody,
+    DetokenizeRequest,
+    TokenizeBody,
+    TokenizeRequest,
+    TokenizerInfoBody,
+    detokenize,
+    tokenize,
+    tokenizer_info,
+)
+from server.version import VersionInfo
 
 OPENMETRICS = "application/openmetrics-text"
 
@@ -36,6 +45,12 @@ class LoadBody(msgspec.Struct, frozen=True):
 
     running: int
     waiting: int
+
+
+class StatusBody(msgspec.Struct, frozen=True):
+    """GET /health and GET /ready, where they are 200."""
+
+    status: str
 
 
 class ModelList(msgspec.Struct, frozen=True):
@@ -77,9 +92,15 @@ def _add_api_routes(app: FastAPI, state: AppState) -> None:
             raise unknown_model(model_id)
         return _json(_card(state, model_id))
 
-    app.add_api_route("/v1/completions", completions, methods=["POST"], openapi_extra=_takes(CompletionRequest))
-    app.add_api_route("/v1/models", models)
-    app.add_api_route("/v1/models/{model_id:path}", model)
+    app.add_api_route(
+        "/v1/completions",
+        completions,
+        methods=["POST"],
+        openapi_extra=takes(CompletionRequest),
+        responses=gives(CompletionBody, stream=True),
+    )
+    app.add_api_route("/v1/models", models, responses=gives(ModelList))
+    app.add_api_route("/v1/models/{model_id:path}", model, responses=gives(ModelCard))
 
 
 def _add_tokenizer_routes(app: FastAPI, state: AppState) -> None:
@@ -95,9 +116,21 @@ def _add_tokenizer_routes(app: FastAPI, state: AppState) -> None:
         """The special tokens and sizes of the tokenizer."""
         return _json(tokenizer_info(state))
 
-    app.add_api_route("/tokenize", post_tokenize, methods=["POST"], openapi_extra=_takes(TokenizeRequest))
-    app.add_api_route("/detokenize", post_detokenize, methods=["POST"], openapi_extra=_takes(DetokenizeRequest))
-    app.add_api_route("/tokenizer_info", get_tokenizer_info)
+    app.add_api_route(
+        "/tokenize",
+        post_tokenize,
+        methods=["POST"],
+        openapi_extra=takes(TokenizeRequest),
+        responses=gives(TokenizeBody),
+    )
+    app.add_api_route(
+        "/detokenize",
+        post_detokenize,
+        methods=["POST"],
+        openapi_extra=takes(DetokenizeRequest),
+        responses=gives(DetokenizeBody),
+    )
+    app.add_api_route("/tokenizer_info", get_tokenizer_info, responses=gives(TokenizerInfoBody))
 
 
 def _add_operation_routes(app: FastAPI, state: AppState) -> None:
@@ -105,7 +138,7 @@ def _add_operation_routes(app: FastAPI, state: AppState) -> None:
         """Live: 200 through load, drain and restart of an engine; 503 if only a restart of the server helps."""
         if not state.service.healthy:
             raise unavailable(state.service.detail or "the server is not healthy", "unhealthy")
-        return _json({"status": "ok"})
+        return _json(StatusBody("ok"))
 
     async def ready() -> Response:
         """Whether a completion would be taken now."""
@@ -113,7 +146,7 @@ def _add_operation_routes(app: FastAPI, state: AppState) -> None:
             raise draining()
         if not state.service.healthy or not state.service.engines_up or state.engine.info is None:
             raise unavailable(state.service.detail or "no engine is ready yet", "not_ready")
-        return _json({"status": "ready"})
+        return _json(StatusBody("ready"))
 
     async def metrics(request: Request) -> Response:
         """Prometheus text, or OpenMetrics for who accepts it."""
@@ -131,14 +164,15 @@ def _add_operation_routes(app: FastAPI, state: AppState) -> None:
         """How many requests run and wait, as the engines last said."""
         return _json(LoadBody(running=state.engine.load.running, waiting=state.engine.load.waiting))
 
-    for endpoint in (health, ready, metrics, version, load):
-        app.add_api_route(f"/{endpoint.__name__}", endpoint)
-
-
-def _takes(model: type[StrictModel]) -> dict[str, Any]:
-    """What the schema says of a route that reads its body itself."""
-    content = {"application/json": {"schema": model.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
+    for path, endpoint, answers in (
+        ("/health", health, gives(StatusBody)),
+        ("/ready", ready, gives(StatusBody)),
+        ("/version", version, gives(VersionInfo)),
+        ("/load", load, gives(LoadBody)),
+    ):
+        app.add_api_route(path, endpoint, responses=answers)
+    # The class's media type, or else the schema would say JSON.
+    app.add_api_route("/metrics", metrics, responses=gives_text(OPENMETRICS), response_class=PlainTextResponse)
 
 
 def _card(state: AppState, name: str) -> ModelCard:
@@ -151,7 +185,7 @@ def _card(state: AppState, name: str) -> ModelCard:
     )
 
 
-def _json(body: msgspec.Struct | dict[str, str]) -> Response:
+def _json(body: msgspec.Struct) -> Response:
     return Response(msgspec.json.encode(body), media_type="application/json")
 
 

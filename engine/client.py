@@ -51,6 +51,11 @@ class EngineClient(Protocol):
         ...
 
     @property
+    def up(self) -> bool:
+        """Whether there is an engine that a group could be handed to now."""
+        ...
+
+    @property
     def load(self) -> EngineLoad:
         """How busy the engines are, added up, as they last said."""
         ...

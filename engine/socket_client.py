@@ -219,6 +219,11 @@ class SocketEngineClient:
         return next((c.info for c in self._connections if c.info is not None), None)
 
     @property
+    def up(self) -> bool:
+        """Whether this process is connected to an engine."""
+        return any(connection.up for connection in self._connections)
+
+    @property
     def load(self) -> EngineLoad:
         """How busy the engines are, added up, as they last said: after a step, and whenever a request comes or goes."""
         loads = [connection.load for connection in self._connections]

@@ -144,7 +144,8 @@ def _add_operation_routes(app: FastAPI, state: AppState) -> None:
         """Whether a completion would be taken now."""
         if state.service.draining:
             raise draining()
-        if not state.service.healthy or not state.service.engines_up or state.engine.info is None:
+        # The supervisor knows first of an engine's start, this process of its end.
+        if not state.service.healthy or not state.service.engines_up or not state.engine.up:
             raise unavailable(state.service.detail or "no engine is ready yet", "not_ready")
         return _json(StatusBody("ready"))
 

@@ -139,6 +139,7 @@ class FakeEngine:
     def __init__(self, script: Callable[[GenerationRequest], list[Delta]] | None = reply_deltas) -> None:
         self.script = script
         self.info: EngineInfo | None = INFO
+        self.up = True
         self.load = EngineLoad()
         self.groups: list[FakeAnswers] = []
         self.score_after = 1

@@ -58,6 +58,16 @@ async def test_probes(service: ServiceState, health: int, ready: int) -> None:
             assert response.headers["retry-after"]
 
 
+async def test_not_ready_while_this_process_has_no_engine_whatever_the_supervisor_says() -> None:
+    harness = Harness()
+    harness.state.service = ServiceState(healthy=True, engines_up=1, draining=False)
+    harness.engine.up = False
+    response = await get(harness, "/ready")
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "not_ready"
+    assert (await get(harness, "/health")).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("accept", "openmetrics"),
     [

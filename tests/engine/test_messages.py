@@ -175,3 +175,15 @@ def test_a_flipped_byte_is_refused_or_another_message(
     except m.ProtocolError:
         return
     assert len(received) <= 1
+
+
+def test_blocks_come_packed_and_have_to_be_whole() -> None:
+    deltas = m.Deltas(
+        deltas=[DELTA], request_ids=[7, 9], blocks=pack_tokens([1, 2, 3, 4, 5, 6, 7, 8]), load=EngineLoad()
+    )
+    assert deltas.unpacked() == [
+        DELTA, Delta(request_id=7, token_ids=(1, 2, 3, 4)), Delta(request_id=9, token_ids=(5, 6, 7, 8))
+    ]  # fmt: skip
+    assert m.Deltas(deltas=[DELTA], load=EngineLoad()).unpacked() == [DELTA]
+    with pytest.raises(ValueError, match="3 tokens are not whole blocks of 2 requests"):
+        m.Deltas(deltas=[], request_ids=[7, 9], blocks=pack_tokens([1, 2, 3]), load=EngineLoad()).unpacked()

@@ -64,8 +64,8 @@ class RowTable:
         generated: int,
         max_tokens: int,
         has_stops: bool,
-        wants_logprobs: bool = False,
-        adjusted: bool = False,
+        wants_logprobs: bool,
+        adjusted: bool,
     ) -> None:
         """Give the row to a sequence whose blocks [N, L] are known. It has neither pages nor positions yet."""
         if end_position >= self.blocks.shape[1]:

@@ -12,7 +12,7 @@ class ClientProtocol(HttpToolsProtocol):
     """One connection. A client that never says anything loses it as early as one that says nothing more."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client is there."""
+        """A client is there; the parameter's type is the one that uvicorn declares, narrower than asyncio's."""
         super().connection_made(transport)
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 

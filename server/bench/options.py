@@ -89,7 +89,7 @@ class Plan(NamedTuple):
                 rate=load.rate / workers,
                 requests=None if self.requests is None else _share(self.requests, workers, number),
                 timeout_s=self.timeout,
-                # Workers must not draw the same prompts: a server may remember them.
+                # Workers must not draw the same prompts: a server may remember them. They are no secret.
                 seed=random.Random(f"{self.seed} {number} {load.name}").getrandbits(48),  # noqa: S311
             )
             for number in range(workers)

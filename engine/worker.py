@@ -154,18 +154,18 @@ class EngineWorker:
         if report is None:
             return False
         self.last_step = time.time()
-        ends = [(sequence.key, delta) for sequence, delta in report.deltas.others] + report.scored
-        for key, delta in ends:
+        singly = [(sequence.key, delta) for sequence, delta in report.deltas.others] + report.scored
+        for key, delta in singly:
             peer_id, request_id = _peer_and_id(key)
             if delta.finish_reason is not None and peer_id in self._open:
                 self._open[peer_id].discard(request_id)
         self._meter.count_step(rows=report.rows, tokens=report.deltas.tokens, seconds=report.seconds)
-        self._publish(report.deltas, report.scored)
+        self._publish(report.deltas, singly)
         return bool(report.deltas or report.scored)
 
-    def _publish(self, deltas: StepDeltas | None, scored: Seq[tuple[Hashable, Delta]] = ()) -> None:
+    def _publish(self, deltas: StepDeltas | None, singly: Seq[tuple[Hashable, Delta]] = ()) -> None:
         load = self._core.load_now
-        parts = {} if deltas is None else _by_peer(deltas, scored)
+        parts = {} if deltas is None else _by_peer(deltas, singly)
         for peer_id in self._open:
             part = parts.get(peer_id, _PeerDeltas())
             blocks = b"" if deltas is None else deltas.blocks[part.places].tobytes()
@@ -184,11 +184,10 @@ class _PeerDeltas:
     """Which of the step's blocks go to `request_ids`."""
 
 
-def _by_peer(deltas: StepDeltas, scored: Seq[tuple[Hashable, Delta]]) -> dict[int, _PeerDeltas]:
+def _by_peer(deltas: StepDeltas, singly: Seq[tuple[Hashable, Delta]]) -> dict[int, _PeerDeltas]:
+    """What goes to each peer: the whole blocks of `deltas`, and `singly`, by key, all else that a step gave."""
     parts: dict[int, _PeerDeltas] = defaultdict(_PeerDeltas)
-    for sequence, delta in deltas.others:
-        parts[_peer_and_id(sequence.key)[0]].deltas.append(delta)
-    for key, delta in scored:
+    for key, delta in singly:
         parts[_peer_and_id(key)[0]].deltas.append(delta)
     for place, sequence in enumerate(deltas.sequences):
         peer_id, request_id = _peer_and_id(sequence.key)

@@ -92,14 +92,13 @@ def test_a_killed_api_process_frees_its_rows_and_is_replaced(own_server: ServerP
 
 def test_a_killed_supervisor_takes_everything_with_it(own_server: ServerProcess) -> None:
     children = [pid_of(own_server, "engine 0"), pid_of(own_server, "api 0")]
-    host, port = "127.0.0.1", int(own_server.url.rsplit(":", 1)[1])
+    port = int(own_server.url.rsplit(":", 1)[1])
     with streaming(own_server, LONG):
         own_server.process.kill()
         own_server.process.wait()
         wait_until(lambda: not any(map(_alive, children)), timeout=2, what="the end of the children")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
+    # A process is a zombie as soon as its first thread has ended; the last one closes its descriptors.
+    wait_until(lambda: _free(port), timeout=2, what="the freeing of the port")
 
 
 def test_sigterm_finishes_what_is_open_and_refuses_what_is_new(own_server: ServerProcess) -> None:
@@ -167,3 +166,13 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True

@@ -1,4 +1,4 @@
-"""The command `blockserve`: serve, generate, eval, bench, version."""
+"""The command `blockserve`: serve, generate, batch, eval, bench, version."""
 
 import argparse
 import itertools
@@ -13,6 +13,9 @@ from engine.config import ConfigError
 from engine.evaluate import HEADER, PLAIN_END, read_documents, table
 from engine.tokenizer import TokenizerError
 from engine.types import InvalidRequestError, SamplingParams
+from server.batch.command import DESCRIPTION as BATCH_DESCRIPTION
+from server.batch.command import SETTINGS as BATCH_SETTINGS
+from server.batch.command import run_batch_command
 from server.bench.command import run_bench
 from server.bench.options import DESCRIPTION as BENCH_DESCRIPTION
 from server.bench.options import add_arguments as add_bench_arguments
@@ -47,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {
         "serve": run_serve,
         "generate": run_generate,
+        "batch": run_batch_command,
         "eval": run_eval,
         "bench": run_bench,
         "version": run_version,
@@ -78,6 +82,15 @@ def build_parser() -> argparse.ArgumentParser:
             usage="blockserve generate [OPTION ...] [PROMPT]",
             help="write a text in the terminal, without a server",
             description="Continue a prompt and print the text block by block as it is written.",
+            formatter_class=_Help,
+        )
+    )
+    _add_batch(
+        commands.add_parser(
+            "batch",
+            usage="blockserve batch [OPTION ...] INPUT -o OUTPUT",
+            help="answer the requests of a file, without a server",
+            description=BATCH_DESCRIPTION,
             formatter_class=_Help,
         )
     )
@@ -175,8 +188,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     for group in GROUPS:
         section = parser.add_argument_group(group)
-        for name, field in ServeSettings.model_fields.items():
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra["group"] == group:
+        for name in ServeSettings.model_fields:
+            if _group_of(name) == group:
                 _add_setting(section, name)
 
 
@@ -227,6 +240,31 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     section = parser.add_argument_group("Model and device")
     for name in MODEL_SETTINGS:
         _add_setting(section, name)
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", type=Path, metavar="INPUT", help="requests, a JSON object a line")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUTPUT",
+        required=True,
+        help="answers, a line each; added to, never written over",
+    )
+    parser.add_argument(
+        "--errors", type=Path, metavar="FILE", help="what was skipped in this run, a line each [not kept]"
+    )
+    for group in GROUPS:
+        names = [name for name in BATCH_SETTINGS if _group_of(name) == group]
+        section = parser.add_argument_group(group)
+        for name in names:
+            _add_setting(section, name)
+
+
+def _group_of(setting: str) -> object:
+    extra = ServeSettings.model_fields[setting].json_schema_extra
+    return extra["group"] if isinstance(extra, dict) else None
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:

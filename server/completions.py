@@ -17,7 +17,7 @@ from server.app_state import AppState
 from server.choices import Choice, Piece, PromptScore, make_choices
 from server.disconnect import ClientGoneError, noticing, unless_disconnected
 from server.echo import EchoAnswers
-from server.errors import as_api_error, draining, generation_failed, internal, unavailable
+from server.errors import as_api_error, draining, generation_failed, internal, invalid, unavailable
 from server.http_protocol import hang_up
 from server.json_body import parse_json_object, read_body
 from server.logprobs import LogprobsWriter, join, prompt_logprobs
@@ -37,7 +37,7 @@ from server.sse import DONE, STREAM_HEADERS, event
 log = logging.getLogger(__name__)
 
 
-async def read_completion(request: Request, state: AppState) -> "CompletionResponse":
+async def read_completion(request: Request, state: AppState, *, may_stream: bool = True) -> "CompletionResponse":
     """Read and check all of the request that can be checked without the engine. Raises ApiError."""
     if state.service.draining:
         raise draining()
@@ -49,7 +49,10 @@ async def read_completion(request: Request, state: AppState) -> "CompletionRespo
     # First of all: whatever is wrong with the rest, the client finds its own id in the answer and the log.
     if isinstance(client_id := fields.get("request_id"), str):
         record.take_client_id(client_id)
-    return CompletionResponse(state, record, parse_completion_request(fields), arrival)
+    completion = parse_completion_request(fields)
+    if completion.stream and not may_stream:
+        raise invalid("stream", "stream has to be false: here an answer is one whole")
+    return CompletionResponse(state, record, completion, arrival)
 
 
 class CompletionResponse(Response):

@@ -51,11 +51,31 @@ def plan_children(
 
     There is an API process for each of `listeners`.
     """
-    control_path = str(control_socket(directory))
+    specs = plan_engines(settings, model, directory)
+    for index, listener in enumerate(listeners):
+        api_config = directory / f"api{index}.json"
+        write_process_config(
+            api_config,
+            ApiProcessConfig(
+                index=index,
+                model=str(model),
+                listen_fd=listener.fileno(),
+                engine_sockets=[str(path) for path in engine_sockets(settings, directory)],
+                control_path=str(control_socket(directory)),
+                settings=settings.model_dump_json(),
+                log=settings.log_config(),
+            ),
+        )
+        command = module_command("server.api_process", api_config)
+        specs.append(ChildSpec("api", index, command, pass_fds=(listener.fileno(),)))
+    return specs
+
+
+def plan_engines(settings: ServeSettings, model: Path, directory: Path) -> list[ChildSpec]:
+    """Write each engine's configuration into the runtime directory; returns how to start them."""
     specs = []
-    engine_sockets = []
-    for index, device in enumerate(settings.engine_devices()):
-        engine_socket = directory / f"engine{index}.sock"
+    sockets = engine_sockets(settings, directory)
+    for index, (device, engine_socket) in enumerate(zip(settings.engine_devices(), sockets, strict=True)):
         engine_config = directory / f"engine{index}.json"
         write_process_config(
             engine_config,
@@ -65,33 +85,21 @@ def plan_children(
                 model=str(model),
                 options=settings.engine_options(device),
                 socket_path=str(engine_socket),
-                control_path=control_path,
+                control_path=str(control_socket(directory)),
                 log=settings.log_config(),
                 random_seed=settings.random_weights,
                 step_timeout_s=settings.step_timeout,
                 threads=settings.engine_threads(),
             ),
         )
-        engine_sockets.append(str(engine_socket))
         command = module_command("engine.worker", engine_config)
         specs.append(ChildSpec("engine", index, command, stale_files=(engine_socket,)))
-    for index, listener in enumerate(listeners):
-        api_config = directory / f"api{index}.json"
-        write_process_config(
-            api_config,
-            ApiProcessConfig(
-                index=index,
-                model=str(model),
-                listen_fd=listener.fileno(),
-                engine_sockets=engine_sockets,
-                control_path=control_path,
-                settings=settings.model_dump_json(),
-                log=settings.log_config(),
-            ),
-        )
-        command = module_command("server.api_process", api_config)
-        specs.append(ChildSpec("api", index, command, pass_fds=(listener.fileno(),)))
     return specs
+
+
+def engine_sockets(settings: ServeSettings, directory: Path) -> list[Path]:
+    """Where each engine listens for front ends."""
+    return [directory / f"engine{index}.sock" for index in range(len(settings.engine_devices()))]
 
 
 def control_socket(directory: Path) -> Path:

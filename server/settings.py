@@ -319,8 +319,10 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def load_settings(flags: Mapping[str, object], environment: Mapping[str, str]) -> ServeSettings:
-    """The settings from all sources.
+def load_settings(
+    flags: Mapping[str, object], environment: Mapping[str, str], defaults: Mapping[str, object] | None = None
+) -> ServeSettings:
+    """The settings from all sources; `defaults` are other ones than those of `blockserve serve`.
 
     `flags` holds what was given on the command line by field name, and under "config" the path of a TOML file, which
     the environment may name too. Keys in `api_key_file` are added to `api_key`. Raises ConfigError saying which flag,
@@ -329,7 +331,7 @@ def load_settings(flags: Mapping[str, object], environment: Mapping[str, str]) -
     flags = dict(flags)
     path = flags.pop("config", None) or environment.get(CONFIG_VARIABLE)
     sources: dict[str, str] = {}
-    values: dict[str, object] = {}
+    values: dict[str, object] = dict(defaults or {})
     if path:
         values.update(_read_file(Path(str(path)).expanduser()))
         sources.update({name: f"{path}: {name}" for name in values})

@@ -137,13 +137,18 @@ class Supervisor:
         name = signal.Signals(number).name
         if not self._stopping.is_set():
             log.info("%s: finishing what is open; once more to stop at once", name)
-            self._draining = True
-            self._stopping.set()
-            self._publish()
+            self.stop()
         else:
             log.warning("%s: stopping at once", name)
             self._exit_code = self._exit_code or 128 + number
             self._hurried.set()
+
+    def stop(self) -> None:
+        """Drain, unless it is stopping already."""
+        if not self._stopping.is_set():
+            self._draining = True
+            self._stopping.set()
+            self._publish()
 
     # --- what children say (ControlHandler) ---
 

@@ -1,5 +1,6 @@
 """The README's commands, run in order in a copy of the checkout, as a reader would."""
 
+import json
 import os
 import re
 import shutil
@@ -127,10 +128,11 @@ def test_the_readme_works_as_written(tmp_path: Path) -> None:
     assert others[-1].text.startswith("make test")
     with serving(start, checkout, environment, url):
         outputs = [run(block, checkout, environment) for block in others]
-    curl, openai, offline, generate, collected = outputs
+    curl, openai, offline, generate, _, collected = outputs
     assert curl.endswith("data: [DONE]\n\n")
     assert '"error"' not in curl
     assert len(openai.split()) > 10
     assert offline.count("[length]") + offline.count("[stop]") == 2
     assert len(generate.split()) > 10
+    assert json.loads((checkout / "answers.jsonl").read_text())["response"]["status_code"] == 200
     assert "tests/test_readme.py" in collected

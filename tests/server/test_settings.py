@@ -196,3 +196,12 @@ def test_engines_on_the_cpu_share_memory_and_cores(monkeypatch: pytest.MonkeyPat
     assert two.engine_options("cpu").memory_fraction == ServeSettings().memory_fraction / 2
     assert (two.engine_threads(), ServeSettings().engine_threads()) == (4, None)
     assert ServeSettings.model_validate({"devices": "0,1"}).engine_options("cuda:1").memory_fraction == 0.9
+
+
+def test_other_defaults_give_way_to_every_source(tmp_path: Path) -> None:
+    defaults = {"log_level": "warning"}
+    assert load_settings({}, {}, defaults).log_level == "warning"
+    assert load_settings({}, {"BLOCKSERVE_LOG_LEVEL": "debug"}, defaults).log_level == "debug"
+    assert load_settings({"log_level": "error"}, {}, defaults).log_level == "error"
+    (tmp_path / "settings.toml").write_text('log-level = "debug"\n')
+    assert load_settings({"config": str(tmp_path / "settings.toml")}, {}, defaults).log_level == "debug"

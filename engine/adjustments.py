@@ -18,8 +18,9 @@ from kernels.adjust import IN_PROMPT, AdjustmentTables
 FIRST_SLOTS = 16
 """Slots that the first row to ask for one makes; doubled whenever they do not suffice."""
 
-STRONGEST = 1e30
-"""Repetition penalties above it and below its inverse do what these do: single precision ends before long."""
+STRONGEST = 1e12
+"""Repetition penalties above it and below its inverse do what these do: logits times it are far from the end of single
+precision also when the least temperature has divided them."""
 
 
 class Adjustments:

@@ -15,6 +15,9 @@ from engine.sequence import Sequence
 from engine.staging import Staging
 from kernels.sampler import SamplingTables
 
+LEAST_TEMPERATURE = 1e-20
+"""Smaller ones do what it does, the likeliest token every time: logits divided by them are beyond single precision."""
+
 
 class BatchTables:
     """State of every row on the device; `bind` and `set_pages` are the only writes from the host.
@@ -84,7 +87,8 @@ class BatchTables:
         self.forced_length[rows] = self._upload([len(s.forced) for s in sequences], np.int32)
         self.page_table.index_fill_(0, rows, 0)
         sampling = self.sampling
-        sampling.temperature[rows] = self._upload([p.temperature for p in params], np.float32)
+        temperature = [p.temperature and max(p.temperature, LEAST_TEMPERATURE) for p in params]
+        sampling.temperature[rows] = self._upload(temperature, np.float32)
         sampling.top_k[rows] = self._upload([p.top_k for p in params], np.int32)
         sampling.top_p[rows] = self._upload([p.top_p for p in params], np.float32)
         sampling.min_p[rows] = self._upload([p.min_p for p in params], np.float32)

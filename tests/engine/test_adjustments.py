@@ -1,5 +1,7 @@
 """Slots of rows that ask for bias or penalties; what they are told of logprobs; and what others pay for it."""
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
@@ -61,6 +63,27 @@ def test_a_repetition_penalty_beyond_single_precision_is_as_strong_as_can_be(pen
     one = request(0, msgspec.structs.replace(PLAIN, repetition_penalty=penalty))
     (last,) = run(MODEL.core(), [one])[0][-1:]
     assert last.finish_reason == "length"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("temperature", [5e-324, 1.4e-45, 1e-30, 2.0])
+@pytest.mark.parametrize("penalty", [5e-324, 1.0, 1.7e308])
+def test_the_ends_of_every_range_together_give_an_answer(temperature: float, penalty: float, device: str) -> None:
+    least = 5e-324
+    extremes: list[dict[str, Any]] = [
+        {"top_p": 0.4},
+        {"top_p": least, "min_p": least},
+        {"top_k": 3, "min_p": 1.0},
+        {"presence_penalty": -2.0, "frequency_penalty": -2.0, "logit_bias": ((1, 100.0), (2, -100.0))},
+        {"presence_penalty": 2.0, "frequency_penalty": 2.0, "logprobs": 20},
+    ]
+    common: dict[str, Any] = {"temperature": temperature, "repetition_penalty": penalty}
+    requests = [
+        request(number, msgspec.structs.replace(PLAIN, **common, **change)) for number, change in enumerate(extremes)
+    ]
+    for deltas in run(MODEL.core(device=device), requests).values():
+        assert deltas[-1].finish_reason == "length", deltas[-1].error
+        assert sum(len(delta.token_ids) for delta in deltas) == PLAIN.max_tokens
 
 
 def test_steps_are_adjusted_only_where_a_row_asks(monkeypatch: pytest.MonkeyPatch) -> None:

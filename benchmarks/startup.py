@@ -20,49 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 
-from benchmarks.harness import WEIGHTS_SEED, add_engine_arguments
+from benchmarks.harness import add_engine_arguments
+from benchmarks.model_files import write_model
 from benchmarks.models import MODELS, BenchmarkModel
 from benchmarks.results import append, provenance
 from benchmarks.startup_child import Start
-from engine.config import ModelConfig, VanillaConfig
 from engine.process_config import EngineOptions
-from engine.weights import random_weights
 
 ROOT = Path(__file__).parent.parent
-
-
-def write_model(model: BenchmarkModel, directory: Path, dtype: str) -> None:
-    """A directory to load: config.json and safetensors, no tokenizer."""
-    config = model.config.model_copy(update={"dtype": dtype})
-    (directory / "config.json").write_text(json.dumps(config_file(config)))
-    tensors = random_weights(model.config, getattr(torch, dtype), torch.device("cpu"), WEIGHTS_SEED)
-    save_file(tensors, directory / "model.safetensors")
-
-
-def config_file(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of a model: of a vanilla one, as Hugging Face's library writes it."""
-    if not isinstance(config, VanillaConfig):
-        return config.model_dump(exclude_none=True)
-    decoder = config.block_decoder
-    return {
-        "model_type": "gpt_neox",
-        "vocab_size": config.vocab_size,
-        "hidden_size": decoder.hidden_size,
-        "num_hidden_layers": decoder.num_layers,
-        "num_attention_heads": decoder.num_heads,
-        "intermediate_size": decoder.intermediate_size,
-        "max_position_embeddings": config.max_length,
-        "eos_token_id": config.eos_token_id,
-        "layer_norm_eps": decoder.layer_norm_eps,
-        "rotary_pct": decoder.rotary_pct,
-        "rotary_emb_base": decoder.rotary_base,
-        "torch_dtype": config.dtype,
-    }
 
 
 def drop_from_file_cache(directory: Path) -> None:
@@ -106,7 +74,7 @@ def measure_model(model: BenchmarkModel, arguments: argparse.Namespace) -> list[
         directory, triton_cache = Path(folder) / "model", Path(folder) / "triton"
         directory.mkdir()
         triton_cache.mkdir()
-        write_model(model, directory, arguments.dtype)
+        write_model(model, directory, arguments.dtype, device=arguments.device)
         size = (directory / "model.safetensors").stat().st_size
         for _ in range(1 + arguments.repeats):
             if not arguments.cached:

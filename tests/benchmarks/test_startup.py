@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.model_files import write_model
 from benchmarks.models import BenchmarkModel
-from benchmarks.startup import drop_from_file_cache, measure_model, parse, show, start_once, write_model
+from benchmarks.startup import drop_from_file_cache, measure_model, parse, show, start_once
 from benchmarks.startup_child import start
 from engine.config import ModelConfig
 from engine.process_config import EngineOptions

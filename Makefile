@@ -58,7 +58,7 @@ bench: $(DEV) ## Measure a server with the embedded model (ARGS="--device cuda -
 bench-engine: $(DEV) ## Measure the engine alone on a GPU (ARGS="--models block-302M --workloads P D")
 	$(BIN)/python -m benchmarks.engine $(ARGS)
 
-bench-%: $(DEV) ## Measure on a GPU one of kernels, mixed, latency, startup, rescore, front_end_scale, hostile_clients
+bench-%: $(DEV) ## Measure on a GPU one of kernels, mixed, latency, startup, rescore, front_end_scale, several_engines, hostile_clients
 	$(BIN)/python -m benchmarks.$* $(ARGS)
 
 soak: $(DEV) ## Load a server at random, kill its engine, look for leaks (ARGS="--minutes 8 --device cuda")

@@ -66,18 +66,22 @@ def engine_alone(name: str, rows: int, device: str) -> float:
 
 
 def bench(options: argparse.Namespace, *flags: str) -> dict[str, Any]:
-    """The row of one `blockserve bench`."""
+    """The row of one `blockserve bench` with the open requests and client processes of `options`."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     common = ["--concurrency", str(options.open), "--workers", str(options.workers)]
-    common += ["--prompt-tokens", options.prompt_tokens, "--output-tokens", options.output_tokens]
     (row,) = asyncio.run(measure_all(read_options(parser.parse_args([*common, *flags]))))
     return row
 
 
+def lengths(options: argparse.Namespace) -> list[str]:
+    """The flags for prompts and answers."""
+    return ["--prompt-tokens", options.prompt_tokens, "--output-tokens", options.output_tokens]
+
+
 def measure(options: argparse.Namespace, model: str | None, ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
     """A row for each number of API processes and each way."""
-    window = ["--seconds", str(options.seconds), "--warm-up", str(options.warm_up)]
+    window = ["--seconds", str(options.seconds), "--warm-up", str(options.warm_up), *lengths(options)]
     for api_processes in options.api_processes:
         arguments = ["--api-processes", str(api_processes), "--max-waiting", str(1 << 20)]
         with served(model, options.device, [*arguments, *options.server_arguments]) as server:
@@ -91,7 +95,7 @@ def measure(options: argparse.Namespace, model: str | None, ceilings: dict[str, 
 def main() -> None:
     """Measure, print, keep."""
     options = parse()
-    ceilings = {way: bench(options, *CEILING, *flags)["tok_s"] for way, flags in WAYS.items()}
+    ceilings = {way: bench(options, *CEILING, *lengths(options), *flags)["tok_s"] for way, flags in WAYS.items()}
     rows: list[dict[str, Any]] = []
     for name in options.models or [None]:
         if name is None:

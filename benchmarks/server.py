@@ -48,12 +48,17 @@ class Served:
 
 
 @contextmanager
-def served(model: str | None, device: str, extra: list[str]) -> Iterator[Served]:
-    """Start a server, wait until it is ready and has given its first token, and stop it afterwards."""
+def served(model: str | None, device: str | None, extra: list[str]) -> Iterator[Served]:
+    """Start a server, wait until it is ready and has given its first token, and stop it afterwards.
+
+    Without `device`, `extra` says what it runs on.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = ["--port", str(port), "--device", device, *extra]
+    arguments = ["--port", str(port), *extra]
+    if device is not None:
+        arguments += ["--device", device]
     if model is not None:
         arguments += ["--model", model]
     started = time.perf_counter()

@@ -16,29 +16,31 @@ HALF = borders.ids(borders.bytewise("漢".encode()[:2]))
 NAME = borders.tokenizer().token_name
 
 
-def prompt(offset: int) -> list[int]:
-    """Asks for the answer with this offset."""
-    return [1 + offset, *HALF]
+def prompt(index: int) -> list[int]:
+    """Asks for the answer with this index."""
+    return [1 + index, *HALF]
 
 
 @pytest.mark.parametrize(("echo", "logprobs"), [(False, None), (True, 3)])
 @pytest.mark.parametrize("character", CHARACTERS, ids=repr)
 async def test_whole_and_streamed_answers_read_the_same(character: bytes, echo: bool, logprobs: int | None) -> None:
     assert INFO.block_length == BLOCK
-    answers = [borders.bytewise(answer) for answer in borders.answers(character)]
+    # The second half ends with the character: nothing comes that would complete it, or a stop string it begins.
+    whole = [borders.bytewise(answer) for answer in borders.answers(character)]
+    answers = whole + [answer[: -len(b")yz")] for answer in whole]
 
     def script(request: GenerationRequest) -> list[Delta]:
         return deltas(request, borders.ids(answers[request.prompt_token_ids[0] - 1]), "length", (BLOCK,))
 
     harnesses = [Harness(FakeEngine(script), borders.tokenizer(), stream_chunks=unit) for unit in CHUNK_UNITS]
-    fields = {"prompt": [prompt(offset) for offset in borders.OFFSETS], "echo": echo, "logprobs": logprobs}
+    fields = {"prompt": [prompt(index) for index in range(len(answers))], "echo": echo, "logprobs": logprobs}
     for stop, include in itertools.product(borders.stops(character), (False, True)):
         answer = await agreed(
-            harnesses, **fields, stop=list(stop), include_stop_str_in_output=include, max_tokens=len(answers[-1])
+            harnesses, **fields, stop=list(stop), include_stop_str_in_output=include, max_tokens=len(whole[-1])
         )
         expected = [
             expected_choice(index, answers[index], stop, include=include, echo=echo, logprobs=logprobs)
-            for index in borders.OFFSETS
+            for index in range(len(answers))
         ]
         assert [visible(choice) for choice in answer["choices"]] == [choice for choice, _ in expected], (stop, include)
         assert answer["usage"]["completion_tokens"] == sum(tokens for _, tokens in expected)
@@ -56,11 +58,11 @@ def visible(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def expected_choice(
-    offset: int, tokens: list[bytes], stop: tuple[str, ...], *, include: bool, echo: bool, logprobs: int | None
+    index: int, tokens: list[bytes], stop: tuple[str, ...], *, include: bool, echo: bool, logprobs: int | None
 ) -> tuple[dict[str, Any], int]:
     """What `visible` has to show, and the tokens that count."""
     text, count, met = borders.expected(tokens, stop, include=include)
-    asked = prompt(offset)
+    asked = prompt(index)
     echoed = borders.tokenizer().decode(asked) if echo else ""
     told: dict[str, Any] | None = None
     if logprobs is not None:
@@ -73,7 +75,7 @@ def expected_choice(
             "likeliest": ([None] + [logprobs or 1] * len(HALF) if echo else []) + [logprobs or 1] * count,
         }
     choice = {
-        "index": offset,
+        "index": index,
         "text": echoed + text,
         "finish_reason": "length" if met is None else "stop",
         "stop_reason": met,

@@ -1,6 +1,7 @@
 """Tokenizers that tests train in a moment, saved as a model directory would hold them."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
@@ -27,6 +28,31 @@ def byte_level() -> tokenizers.Tokenizer:
     )
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
     tokenizer.add_tokens(["two words 漢"])
+    return tokenizer
+
+
+def every_part(texts: Iterable[bytes], longest: int = 1000) -> tokenizers.Tokenizer:
+    """Byte-level: every part of these texts of up to `longest` bytes is a token, wherever in a character it is cut.
+
+    Id 0 ends a text. A text is encoded as a token a byte: nothing says which tokens make which.
+    """
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # Has every byte that UTF-8 has, and is spelled with a character for each.
+    sample = "".join(
+        chr(code) for code in (*range(0x800), *range(0x800, 0xD800, 0x1000), *range(1 << 16, 17 << 16, 1 << 16))
+    )
+    spelled = "".join(piece for piece, _ in spell.pre_tokenize_str(sample))
+    spelling = dict(zip(sample.encode(), spelled, strict=True))
+    parts: dict[str, None] = {}
+    for text in texts:
+        word = "".join(spelling[byte] for byte in text)
+        for start in range(len(word)):
+            parts |= dict.fromkeys(word[start:end] for end in range(start + 1, min(start + longest, len(word)) + 1))
+    vocabulary = {part: token for token, part in enumerate([END_OF_TEXT, *parts])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = spell
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from engine.types import Delta, GenerationRequest, TokenLogprobs
+from tests.server.answers import everywhere, says
 from tests.server.fakes import EOS, REPLY, FakeEngine, Harness, events, tokenizer, until
-from tests.server.test_text_options import everywhere, says
 
 NAME = tokenizer().token_name
 

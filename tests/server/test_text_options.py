@@ -1,87 +1,16 @@
 """Fields that shape the text of an answer, and what comes with it: whole and streamed."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.types import Delta, GenerationRequest
 from tests.engine.tokenizers_of_tests import END_OF_TEXT
-from tests.server.fakes import EOS, REPLY, FakeEngine, Harness, events, tokenizer, told
+from tests.server.answers import everywhere, says, whole
+from tests.server.fakes import EOS, REPLY, Harness, events, tokenizer
 
 SPECIAL = END_OF_TEXT
-
-
-def says(token_ids: Sequence[int], ends: str = "length", sizes: Sequence[int] = (4,)) -> FakeEngine:
-    """An engine whose every answer is these tokens, in blocks of `sizes` in turn; "stop" ends it at the last token."""
-
-    def script(request: GenerationRequest) -> list[Delta]:
-        tokens, place = list(token_ids), 0
-        deltas: list[Delta] = []
-        while place < len(tokens):
-            size = sizes[len(deltas) % len(sizes)]
-            part = tuple(tokens[place : place + size])
-            place += size
-            last = place >= len(tokens)
-            deltas.append(
-                Delta(
-                    request_id=request.request_id,
-                    token_ids=part,
-                    logprobs=told(request, part),
-                    finish_reason=ends if last else None,  # type: ignore[arg-type]
-                    stop_reason=part[-1] if last and ends == "stop" and part[-1] != EOS else None,
-                )
-            )
-        return deltas
-
-    return FakeEngine(script)
-
-
-async def whole(engine: FakeEngine, **fields: Any) -> dict[str, Any]:
-    response = await Harness(engine).complete(**fields)
-    assert response.status_code == 200, response.text
-    body: dict[str, Any] = response.json()
-    return body
-
-
-async def streamed(engine: FakeEngine, unit: str, **fields: Any) -> dict[str, Any]:
-    """The same answer, put together from a stream's chunks."""
-    options = {"include_usage": True, "continuous_usage_stats": True}
-    response = await Harness(engine, stream_chunks=unit).complete(stream=True, stream_options=options, **fields)
-    assert response.status_code == 200, response.text
-    *chunks, last, done = events(response.text)
-    assert done == "[DONE]"
-    assert last["choices"] == []
-    choices: dict[int, dict[str, Any]] = {}
-    counted = 0
-    for chunk in chunks:
-        assert chunk["usage"]["completion_tokens"] >= counted
-        counted = chunk["usage"]["completion_tokens"]
-        (part,) = chunk["choices"]
-        if (choice := choices.setdefault(part["index"], part)) is part:
-            continue
-        assert choice["finish_reason"] is None, "a chunk after the last one"
-        assert "prompt_token_ids" not in part
-        choice["text"] += part["text"]
-        choice |= {"finish_reason": part["finish_reason"], "stop_reason": part["stop_reason"]}
-        if choice["logprobs"] is not None:
-            for name, array in part["logprobs"].items():
-                choice["logprobs"][name] += array
-        if "token_ids" in part:
-            choice["token_ids"] += part["token_ids"]
-    assert counted == last["usage"]["completion_tokens"]
-    return {**last, "choices": [choices[index] for index in sorted(choices)]}
-
-
-async def everywhere(engine: FakeEngine, **fields: Any) -> dict[str, Any]:
-    """The answer, after checking that both kinds of streams say the same."""
-    answer = await whole(engine, **fields)
-    for unit in ("block", "token"):
-        stream = await streamed(engine, unit, **fields)
-        assert (stream["choices"], stream["usage"]) == (answer["choices"], answer["usage"]), unit
-    return answer
 
 
 # --- echo --------------------------------------------------------------------------------------------------------
@@ -211,7 +140,7 @@ async def test_a_prompt_is_cut_to_its_last_tokens(limit: int) -> None:
 async def test_minus_one_keeps_what_there_is_room_for(max_tokens: int | None, kept: int) -> None:
     fields = {"max_tokens": max_tokens, "echo": True, "truncate_prompt_tokens": -1}
     for prompt in ([5] * 1000, "fox " * 50_000):
-        answer = await whole(says([70]), prompt=prompt, **fields)
+        answer = await whole(Harness(says([70])), prompt=prompt, **fields)
         assert answer["usage"]["prompt_tokens"] == kept
 
 

@@ -43,7 +43,7 @@ class BatchTables:
         self._upload = staging.upload
         self.max_rows = max_rows
         self.padding_row = max_rows
-        self._block_length = block_length
+        self.block_length = block_length
         self._eos_token_id = eos_token_id
         self._max_suppressed = max_suppressed
 
@@ -71,7 +71,7 @@ class BatchTables:
         """Write the state of sequences that got their rows. They decode first at the position of their last block."""
         if not sequences:
             return
-        length = self._block_length
+        length = self.block_length
         rows = self._upload([sequence.bound_row for sequence in sequences], np.int64)
         forced = np.zeros((len(sequences), length), np.int32)
         suppressed = np.full((len(sequences), self._max_suppressed), -1, np.int32)
@@ -114,7 +114,7 @@ class BatchTables:
         forced_length = self.forced_length[index]
         last_block = tokens.to(torch.int32)
         position = self.position[index] + 1
-        generated = self.generated[index] + (self._block_length - forced_length)
+        generated = self.generated[index] + (self.block_length - forced_length)
         nothing_forced = torch.zeros_like(forced_length)
         self.last_block[index] = last_block
         self.position[index] = position

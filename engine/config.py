@@ -338,7 +338,7 @@ class EngineConfig(_Frozen):
     overlapped: bool = False
     """Plan and commit steps while the device runs the next one. False: one step at a time, from plan to commit."""
     cuda_graphs: bool = True
-    """On CUDA, replay the decode step as a graph instead of launching its kernels one by one."""
+    """On CUDA, replay decode steps and small prefills as graphs instead of launching their kernels one by one."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

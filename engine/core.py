@@ -15,17 +15,20 @@ import torch
 from engine.alignment import align_prompt
 from engine.batch_tables import BatchTables
 from engine.config import EngineConfig, ModelConfig
+from engine.decode_graphs import DecodeGraphs
 from engine.decode_step import DecodeStep
 from engine.deltas import StepDeltas
-from engine.graphs import DecodeGraphs
+from engine.graph_pool import GraphPool
 from engine.kv_cache import KVCache, KVLayout, free_memory, plan_pages
 from engine.meter import EngineTotals
 from engine.model.build import build_model
 from engine.model.model import Model
 from engine.page_pool import PagePool
+from engine.prefill_graphs import PrefillGraphs
+from engine.prefill_step import PrefillStep
 from engine.prefix_cache import PrefixCache
 from engine.rehearsal import activation_bytes
-from engine.runner import Runner, StepInFlight
+from engine.runner import Runner, StepGraphs, StepInFlight
 from engine.scheduler import QueueFullError, Scheduler
 from engine.score_layout import lay_out_text, longest_text
 from engine.scorer import ScoredText, Scorer
@@ -261,10 +264,20 @@ def _runner(config: EngineConfig, model: Model, kernels: Kernels, cache: KVCache
         vocab_size=model.config.vocab_size,
         staging=staging,
     )
+    prefill = PrefillStep(model, cache, tables)
     decode = DecodeStep(model, kernels, cache, tables, config.max_rows)
-    use_graphs = device.type == "cuda" and config.cuda_graphs
-    graphs = DecodeGraphs(decode, tables, staging, config.max_rows) if use_graphs else None
-    return Runner(model=model, decode=decode, graphs=graphs, cache=cache, tables=tables, staging=staging)
+    graphs = None
+    if (pool := graph_pool(config)) is not None:
+        graphs = StepGraphs(
+            PrefillGraphs(prefill, tables, staging, pool, config.max_step_positions),
+            DecodeGraphs(decode, tables, staging, pool, config.max_rows),
+        )
+    return Runner(prefill=prefill, decode=decode, graphs=graphs, tables=tables, staging=staging)
+
+
+def graph_pool(config: EngineConfig) -> GraphPool | None:
+    """Where steps are captured; None if their operations are to be launched one by one."""
+    return GraphPool() if torch.device(config.device).type == "cuda" and config.cuda_graphs else None
 
 
 def _device_name(device: torch.device) -> str:

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch_tables import BatchTables
+from engine.decode_graphs import DecodeGraphs
 from engine.decode_limit import DecodeLimit
 from engine.decode_step import DecodeStep, Written
-from engine.graphs import DecodeGraphs
-from engine.kv_cache import NULL_PAGE, KVCache
-from engine.model.block_decoder import PrefillBatch
-from engine.model.model import Model
 from engine.out_of_memory import attempt
+from engine.prefill_graphs import PrefillGraphs
+from engine.prefill_layout import ALIGNMENT, PrefillLayout, padding_table
+from engine.prefill_step import PrefillStep
 from engine.row_table import Flags, Int32
 from engine.sequence import Sequence
 from engine.staging import Staging
@@ -88,46 +88,59 @@ class StepInFlight:
         return StepTokens(tokens, finite, self.failed, logprobs)
 
 
+@dataclass(frozen=True)
+class StepGraphs:
+    """CUDA graphs of a step's two parts."""
+
+    prefill: PrefillGraphs
+    decode: DecodeGraphs
+
+
 class Runner:
-    """Owns the device side of a batch: tables, KV cache and scratch cache."""
+    """Owns the device side of a batch: its tables, and the steps over them."""
 
     def __init__(
         self,
         *,
-        model: Model,
+        prefill: PrefillStep,
         decode: DecodeStep,
-        graphs: DecodeGraphs | None,
-        cache: KVCache,
+        graphs: StepGraphs | None,
         tables: BatchTables,
         staging: Staging,
     ) -> None:
-        """`graphs` None runs the decode step's operations one by one."""
-        self._model = model
+        """`graphs` None runs the steps' operations one by one."""
+        self._prefill = prefill
         self._decode = decode
         self._graphs = graphs
-        self._cache = cache
         self._tables = tables
         self._staging = staging
-        self._block_length = model.config.block_length
         self._limit = DecodeLimit(tables.max_rows)
 
     @torch.inference_mode()
     def rehearse(self, positions: int, rows: int) -> None:
-        """Compute a prefill of so many positions and a decode step of so many rows, of the padding row and null page.
+        """Compute a prefill of so many positions and a decode step of so many rows, all of them padding.
 
         What is compiled at first use is compiled then. No row changes. Raises what running out of memory raises.
         """
+        upload, padding_row = self._staging.upload, self._tables.padding_row
         with self._staging.step():
             if positions:
-                self._model.prefill(*self._padding_chunks(positions), self._cache.keys, self._cache.values)
+                blocks = upload(np.zeros((positions, self._tables.block_length)), np.int32)
+                self._prefill.run(blocks, upload(padding_table(ALIGNMENT, padding_row), np.int32))
             if rows:
-                self._decode.run(self._staging.upload([self._tables.padding_row] * rows, np.int32))
+                self._decode.run(upload([padding_row] * rows, np.int32))
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
-        """Capture the graph of every bucket of rows; later, when one is needed, where memory is too short."""
-        if self._graphs is not None and not self._attempt(self._graphs.capture_all):
-            log.warning("the device ran out of memory for graphs of the decode step: lower kv_bytes or max_rows")
+        """Capture every bucket's graphs.
+
+        Where memory is too short, those of decodes are captured when they are needed, and prefills do without.
+        """
+        if self._graphs is None:
+            return
+        for capture_all in (self._graphs.decode.capture_all, self._graphs.prefill.capture_all):
+            if not self._attempt(capture_all):
+                log.warning("the device ran out of memory for graphs of its steps: lower kv_bytes or max_rows")
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, given_up: Collection[Sequence] = ()) -> StepInFlight:
@@ -135,7 +148,7 @@ class Runner:
 
         `given_up`: sequences that failed in a step which is not committed yet; nothing is done for them.
         """
-        step = StepInFlight(plan, self._block_length)
+        step = StepInFlight(plan, self._tables.block_length)
         with self._staging.step():
             if self._attempt(partial(self._make_room, plan.bound)) is None:
                 step.failed.update(sequence for sequence in plan.bound if sequence.request.params.adjusts)
@@ -144,7 +157,7 @@ class Runner:
             chunks = plan.prefill
             if given_up or step.failed:
                 chunks = [c for c in chunks if c.sequence not in given_up and c.sequence not in step.failed]
-            self._prefill(chunks, step)
+            self._prefill_chunks(chunks, step)
             places = np.arange(len(plan.decode))
             if given_up or step.failed:
                 places = places[[s not in given_up and s not in step.failed for s in plan.decode]]
@@ -158,7 +171,7 @@ class Runner:
         """Do it; None where memory ran out. Work that can be attempted changes nothing that a second run would miss."""
         return attempt(work, self._tables.device)
 
-    def _prefill(self, chunks: Seq[PrefillChunk], step: StepInFlight) -> None:
+    def _prefill_chunks(self, chunks: Seq[PrefillChunk], step: StepInFlight) -> None:
         """Run the chunks at once, or, where memory does not suffice for that, each by itself."""
         if not chunks or self._attempt(partial(self._run_chunks, chunks)):
             return
@@ -187,56 +200,21 @@ class Runner:
             start += len(part)
         self._limit.step_done()
 
-    def _padding_chunks(self, positions: int) -> tuple[Tensor, PrefillBatch]:
-        """Blocks of token 0 at so many positions, in chunks of the greatest length."""
-        longest, page_size = (
-            self._tables.page_table.shape[1] * self._cache.layout.page_size,
-            self._cache.layout.page_size,
-        )
-        where = np.arange(positions) % longest
-        offsets = np.append(np.arange(0, positions, longest), positions)
-        chunks, upload = len(offsets) - 1, self._staging.upload
-        batch = PrefillBatch(
-            positions=upload(where, np.int32),
-            slots=upload(NULL_PAGE * page_size + where % page_size, np.int64),
-            page_table=self._tables.page_table,
-            chunk_rows=upload([self._tables.padding_row] * chunks, np.int32),
-            chunk_offsets=upload(offsets, np.int32),
-            chunk_positions=upload([0] * chunks, np.int32),
-        )
-        return upload(np.zeros((positions, self._block_length)), np.int32), batch
-
     def _make_room(self, bound: Seq[Sequence]) -> bool:
         """Always True, for `_attempt`."""
         if self._tables.adjustments.make_room(bound) and self._graphs is not None:
-            self._graphs.forget_adjusted()
+            self._graphs.decode.forget_adjusted()
         return True
 
     def _run_rows(self, rows: Int32, *, adjusted: bool) -> Written:
         if self._graphs is not None:
-            return self._graphs.run(rows, adjusted=adjusted)
+            return self._graphs.decode.run(rows, adjusted=adjusted)
         return self._decode.run(self._staging.upload(rows, np.int32), adjusted=adjusted)
 
     def _run_chunks(self, chunks: Seq[PrefillChunk]) -> bool:
         """Always True, for `_attempt`."""
-        page_size = self._cache.layout.page_size
-        blocks, positions, slots = [], [], []
-        for chunk in chunks:
-            end = chunk.start + chunk.length
-            where = np.arange(chunk.start, end)
-            pages = np.asarray(chunk.sequence.pages, np.int64)[where // page_size]
-            blocks.append(chunk.sequence.blocks[chunk.start : end])
-            positions.append(where)
-            slots.append(pages * page_size + where % page_size)
-        lengths = [chunk.length for chunk in chunks]
-        upload = self._staging.upload
-        batch = PrefillBatch(
-            positions=upload(np.concatenate(positions), np.int32),
-            slots=upload(np.concatenate(slots), np.int64),
-            page_table=self._tables.page_table,
-            chunk_rows=upload([chunk.sequence.bound_row for chunk in chunks], np.int32),
-            chunk_offsets=upload(np.concatenate([[0], np.cumsum(lengths)]), np.int32),
-            chunk_positions=upload([chunk.start for chunk in chunks], np.int32),
-        )
-        self._model.prefill(upload(np.concatenate(blocks), np.int32), batch, self._cache.keys, self._cache.values)
+        layout = PrefillLayout.of(chunks, self._tables.padding_row)
+        if self._graphs is None or not self._graphs.prefill.run(layout):
+            upload = self._staging.upload
+            self._prefill.run(upload(layout.blocks, np.int32), upload(layout.table, np.int32))
         return True

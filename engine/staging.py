@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SLOTS = 3
@@ -59,10 +61,16 @@ class Staging:
 
     def upload(self, values: object, dtype: type[np.generic]) -> Tensor:
         """`values` (anything numpy reads) as a tensor of `dtype` on the device; the copy may be under way on return."""
-        array = np.ascontiguousarray(values, dtype=dtype)
-        if not self._slots:
-            return torch.from_numpy(array)
-        source = torch.from_numpy(array)
+        source = torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
+        return self._staged(source).to(self.device, non_blocking=True) if self._slots else source
+
+    def fill(self, target: Tensor, values: NDArray[Any]) -> None:
+        """Write `values` into a tensor of the device, of their shape and dtype, once what is queued there is done."""
+        source = torch.from_numpy(np.ascontiguousarray(values))
+        assert (target.shape, target.dtype) == (source.shape, source.dtype)
+        target.copy_(self._staged(source) if self._slots else source, non_blocking=True)
+
+    def _staged(self, source: Tensor) -> Tensor:
+        """The same in this step's pinned memory."""
         staged = self._slots[self._current].take(source.nbytes).view(source.dtype).view(source.shape)
-        staged.copy_(source)
-        return staged.to(self.device, non_blocking=True)
+        return staged.copy_(source)

@@ -42,14 +42,17 @@ def paged_prefill_attention(
     query: [N, heads, D]. key_cache, value_cache: [pages, heads, page_size, D]; they hold the chunks' own keys and
     values already. page_table: [rows, max_pages] int32. Chunk c: queries chunk_offsets[c]:chunk_offsets[c+1], of table
     row chunk_rows[c], at positions chunk_positions[c], chunk_positions[c]+1, ...; each attends to positions 0 up to
-    its own (all int32, [C], offsets [C+1]). out: [N, heads, D], overwritten; its rows may lie apart. The twin reads the
-    chunks' borders on the host.
+    its own (all int32, [C], offsets [C+1]). A chunk may be empty, and queries from chunk_offsets[C] on are no chunk's.
+    out: [N, heads, D], overwritten but for queries of no chunk; its rows may lie apart. The twin reads the chunks'
+    borders on the host.
     """
     page_size = key_cache.shape[2]
     offsets = chunk_offsets.tolist()
     for start, end, row, first in zip(
         offsets[:-1], offsets[1:], chunk_rows.tolist(), chunk_positions.tolist(), strict=True
     ):
+        if start == end:
+            continue
         context = first + end - start
         pages = page_table[row : row + 1, : -(-context // page_size)]
         keys, values = gather_pages(key_cache, value_cache, pages)
@@ -77,7 +80,7 @@ def _find_chunk(
     """The chunk that a query tile belongs to.
 
     Chunk c owns the tiles from chunk_offsets[c] // TILE_Q + c up to the next chunk's first: never too few, at most one
-    too many.
+    too many. The last chunk owns those of queries that are no chunk's as well.
     """
     before = tile * 0
     for start in range(0, chunks, TILE_C):

@@ -30,7 +30,10 @@ class DecodeBatch:
 
 @dataclass(frozen=True)
 class PrefillBatch:
-    """Chunks of consecutive prompt positions, N in all, laid one behind the other."""
+    """Chunks of consecutive prompt positions, N in all, laid one behind the other; padding may stand behind them.
+
+    Padding attends to nothing, and its outputs mean nothing; it has a position and a slot to write as every entry has.
+    """
 
     positions: Tensor
     """[N] int32."""
@@ -41,7 +44,7 @@ class PrefillBatch:
     chunk_rows: Tensor
     """[C] int32 into the page table."""
     chunk_offsets: Tensor
-    """[C + 1] int32: chunk c is entries chunk_offsets[c]:chunk_offsets[c+1]."""
+    """[C + 1] int32: chunk c is entries chunk_offsets[c]:chunk_offsets[c+1], of which there may be none."""
     chunk_positions: Tensor
     """[C] int32: the chunk's first position."""
 

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.decode_graphs import DecodeGraphs
 from engine.decode_step import DecodeStep, Written
-from engine.graphs import DecodeGraphs
 from engine.model.build import build_model
+from engine.prefill_graphs import PrefillGraphs
 from engine.scheduler import NON_FINITE_ERROR, OUT_OF_MEMORY_ERROR
 from engine.types import Delta, GenerationRequest, InvalidRequestError, SamplingParams, pack_tokens
 from engine.weights import random_weights
@@ -285,7 +286,8 @@ def test_cuda_out_of_memory(
     overlapped: bool, cuda_graphs: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Graphs that were captured at start need no memory any more.
-    monkeypatch.setattr(DecodeGraphs, "capture_all", lambda graphs: True)
+    for kind in (DecodeGraphs, PrefillGraphs):
+        monkeypatch.setattr(kind, "capture_all", lambda graphs: True)
     options = {"overlapped": overlapped, "cuda_graphs": cuda_graphs}
     requests = [request(request_id, max_tokens=8) for request_id in range(256)]
     long = request(1000, blocks=8000, max_tokens=8)

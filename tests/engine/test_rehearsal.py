@@ -1,9 +1,12 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from engine.config import ConfigError, EngineConfig
-from engine.graphs import DecodeGraphs
+from engine.graph_pool import GraphPool
 from engine.kv_cache import KVLayout, plan_pages
+from engine.prefill_graphs import BUCKET
 from engine.runner import Runner
 from engine.types import GenerationRequest, SamplingParams
 from tests.engine.helpers import DEVICES, GoldenModel
@@ -48,16 +51,17 @@ def test_what_steps_take_is_not_given_to_pages() -> None:
 
 @on_cuda
 def test_every_graph_is_captured_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    captures: list[int] = []
-    capture = DecodeGraphs._capture
+    captures = 0
+    capture = GraphPool.capture
 
-    def counted(graphs: DecodeGraphs, bucket: int) -> object:
-        captures.append(bucket)
-        return capture(graphs, bucket)
+    def counted(pool: GraphPool, work: Callable[[], object]) -> object:
+        nonlocal captures
+        captures += 1
+        return capture(pool, work)
 
-    monkeypatch.setattr(DecodeGraphs, "_capture", counted)
-    core = MODEL.core(device="cuda:0", max_rows=12)
-    assert captures == [12, 10, 8, 7, 6, 5, 4, 3, 2, 1]
+    monkeypatch.setattr(GraphPool, "capture", counted)
+    core = MODEL.core(device="cuda:0", max_rows=12, max_step_positions=2 * BUCKET + 1)
+    assert captures == 10 + 3, "for 1 to 8, 10 and 12 rows, and for one to three buckets of positions"
     prompts = [
         GenerationRequest.of(
             request_id=index, prompt_token_ids=(1, 2, 3, 4), params=SamplingParams(max_tokens=9, seed=0)
@@ -65,7 +69,7 @@ def test_every_graph_is_captured_at_start(monkeypatch: pytest.MonkeyPatch) -> No
         for index in range(11)
     ]
     run(core, prompts)
-    assert len(captures) == 10
+    assert captures == 10 + 3
 
 
 @on_cuda

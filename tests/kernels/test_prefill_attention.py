@@ -13,6 +13,7 @@ CHUNKS = (
     [(2, 0, 7), (0, 19, 1), (1, 0, 4)],
     [(1, 1, 3), (2, 20, 140), (0, 2, 18)],
     [(2, 5, 155)],
+    [(0, 0, 0), (1, 1, 3), (2, 3, 0), (2, 40, 40), (0, 0, 0), (0, 0, 0)],
 )
 """(sequence, first position, length); the sequences' lengths are 20, 4 and 160."""
 
@@ -31,6 +32,13 @@ def test_ragged_chunks(
     check(kernels, dtype, chunks, heads, head_size, page_size)
 
 
+@pytest.mark.parametrize("chunks", CHUNKS, ids=lambda chunks: f"{len(chunks)}x{chunks[-1]}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_of_no_chunk(kernels: Kernels, dtype: torch.dtype, chunks: list[tuple[int, int, int]]) -> None:
+    for padding in (1, 140):
+        check(kernels, dtype, chunks, 1, 16, 8, padding)
+
+
 def test_many_chunks(kernels: Kernels) -> None:
     check(kernels, torch.float32, [(0, 0, 1)] * 130 + [(2, 90, 70)], 1, 16, 8)
 
@@ -42,14 +50,15 @@ def check(
     heads: int,
     head_size: int,
     page_size: int,
+    padding: int = 0,
 ) -> None:
     pages = fill_pages([20, 4, 160], heads, head_size, page_size, dtype)
     offsets = [0]
     for _sequence, _first, length in chunks:
         offsets.append(offsets[-1] + length)
-    query = random(offsets[-1], heads, head_size, dtype=dtype, seed=99)
+    query = random(offsets[-1] + padding, heads, head_size, dtype=dtype, seed=99)
     scale = head_size**-0.5
-    out = apart(torch.empty(offsets[-1], heads * head_size, dtype=dtype))
+    out = apart(torch.full((len(query), heads * head_size), 7.0, dtype=dtype))
     attended = out.view(query.shape)
     kernels.paged_prefill_attention(
         query,
@@ -63,7 +72,10 @@ def check(
         attended,
     )
     assert is_whole_around(out)
+    assert (attended[offsets[-1] :] == 7).all()
     for start, (sequence, first, length) in zip(offsets, chunks, strict=False):
+        if not length:
+            continue
         part = slice(start, start + length)
         inputs = query[part], pages.keys[sequence], pages.values[sequence]
         assert_exact_as_torch(attended[part], attention, *inputs, list(range(first, first + length)), scale)

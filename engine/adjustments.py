@@ -35,6 +35,8 @@ class Adjustments:
         self._device = staging.device
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
+        self._wanting: set[int] = set()
+        """Rows that want logprobs."""
         self.wanted = torch.full((rows,), -1, dtype=torch.int32, device=self._device)
         self.tables = self._new_tables(torch.zeros(rows, dtype=torch.int32, device=self._device), 1)
 
@@ -67,11 +69,14 @@ class Adjustments:
         self._free += [self._slots.pop(row) for row in held]
         asking = [sequence for sequence in sequences if sequence.request.params.adjusts]
         tables, upload = self.tables, self._upload
-        rows = upload(bound, np.int64)
-        top = [sequence.request.params.logprobs for sequence in sequences]
-        self.wanted[rows] = upload([-1 if number is None else number for number in top], np.int32)
+        wanting = {sequence.bound_row for sequence in sequences if sequence.request.params.logprobs is not None}
+        if wanting or not self._wanting.isdisjoint(bound):
+            self._wanting = self._wanting.difference(bound) | wanting
+            top = [sequence.request.params.logprobs for sequence in sequences]
+            self.wanted[upload(bound, np.int64)] = upload([-1 if n is None else n for n in top], np.int32)
         self._slots |= {sequence.bound_row: self._free.pop() for sequence in asking}
-        tables.slot[rows] = upload([self._slots.get(row, 0) for row in bound], np.int32)
+        if held or asking:
+            tables.slot[upload(bound, np.int64)] = upload([self._slots.get(row, 0) for row in bound], np.int32)
         if not asking:
             return
         slots = upload([self._slots[sequence.bound_row] for sequence in asking], np.int64)

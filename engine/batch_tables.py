@@ -51,18 +51,22 @@ class BatchTables:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.page_table = zeros(rows, max_pages)
-        self.position = zeros(rows)
-        self.last_block = zeros(rows, block_length)
-        self.generated = zeros(rows)
-        self.forced_tokens = zeros(rows, block_length)
-        self.forced_length = zeros(rows)
+        # What a row gets is written at once where it can be: the host takes 30 us for a write, and a first token waits
+        # for it. Lines begin at multiples of 16 bytes, as Triton's kernels are compiled for.
+        aligned = -(-rows // 4) * 4
+        self._numbers = zeros(8, aligned)[:, :rows]
+        self.position, self.generated, self.forced_length, top_k, suppress_until, *fractions = self._numbers
+        temperature, top_p, min_p = (line.view(torch.float32) for line in fractions)
+        top_p.fill_(1)
+        self._blocks = zeros(2, aligned, block_length)[:, :rows]
+        self.last_block, self.forced_tokens = self._blocks
         self.sampling = SamplingTables(
-            temperature=zeros(rows, dtype=torch.float32),
-            top_k=zeros(rows),
-            top_p=torch.ones(rows, dtype=torch.float32, device=device),
-            min_p=zeros(rows, dtype=torch.float32),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
             seed=zeros(rows, dtype=torch.int64),
-            suppress_until=zeros(rows),
+            suppress_until=suppress_until,
             suppressed_ids=torch.full((rows, max_suppressed), -1, dtype=torch.int32, device=device),
         )
         self.adjustments = Adjustments(rows=rows, vocab_size=vocab_size, staging=staging)
@@ -71,39 +75,46 @@ class BatchTables:
         """Write the state of sequences that got their rows. They decode first at the position of their last block."""
         if not sequences:
             return
-        length = self.block_length
         rows = self._upload([sequence.bound_row for sequence in sequences], np.int64)
-        forced = np.zeros((len(sequences), length), np.int32)
-        suppressed = np.full((len(sequences), self._max_suppressed), -1, np.int32)
-        for place, sequence in enumerate(sequences):
-            forced[place, : len(sequence.forced)] = sequence.forced
-            ids = self._suppressed_ids(sequence)
-            suppressed[place, : len(ids)] = ids
         params = [sequence.request.params for sequence in sequences]
-        self.position[rows] = self._upload([s.prefill_end for s in sequences], np.int32)
-        self.last_block[rows] = self._upload(np.stack([s.blocks[s.prefill_end] for s in sequences]), np.int32)
-        self.generated[rows] = self._upload([s.generated for s in sequences], np.int32)
-        self.forced_tokens[rows] = self._upload(forced, np.int32)
-        self.forced_length[rows] = self._upload([len(s.forced) for s in sequences], np.int32)
+        numbers = (
+            [sequence.prefill_end for sequence in sequences],
+            [sequence.generated for sequence in sequences],
+            [len(sequence.forced) for sequence in sequences],
+            [p.top_k for p in params],
+            [p.min_tokens for p in params],
+        )
+        fractions = (
+            [p.temperature and max(p.temperature, LEAST_TEMPERATURE) for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+        )
+        bits = np.array(fractions, np.float32).view(np.int32)
+        self._numbers[:, rows] = self._upload(np.concatenate((np.array(numbers, np.int32), bits)), np.int32)
+        blocks = np.zeros((2, len(sequences), self.block_length), np.int32)
+        for place, sequence in enumerate(sequences):
+            blocks[0, place] = sequence.blocks[sequence.prefill_end]
+            blocks[1, place, : len(sequence.forced)] = sequence.forced
+        self._blocks[:, rows] = self._upload(blocks, np.int32)
         self.page_table.index_fill_(0, rows, 0)
-        sampling = self.sampling
-        temperature = [p.temperature and max(p.temperature, LEAST_TEMPERATURE) for p in params]
-        sampling.temperature[rows] = self._upload(temperature, np.float32)
-        sampling.top_k[rows] = self._upload([p.top_k for p in params], np.int32)
-        sampling.top_p[rows] = self._upload([p.top_p for p in params], np.float32)
-        sampling.min_p[rows] = self._upload([p.min_p for p in params], np.float32)
-        sampling.seed[rows] = self._upload([p.seed for p in params], np.int64)
-        sampling.suppress_until[rows] = self._upload([p.min_tokens for p in params], np.int32)
-        sampling.suppressed_ids[rows] = self._upload(suppressed, np.int32)
+        self.sampling.seed[rows] = self._upload([p.seed for p in params], np.int64)
+        if any(p.min_tokens for p in params):
+            self._suppress(sequences, rows)
         self.adjustments.bind(sequences)
+
+    def _suppress(self, sequences: Seq[Sequence], rows: Tensor) -> None:
+        """Rows that are to have no tokens at least have nothing suppressed, whatever ids are theirs."""
+        ids = np.full((len(sequences), self._max_suppressed), -1, np.int32)
+        for place, sequence in enumerate(sequences):
+            own = self._suppressed_ids(sequence)
+            ids[place, : len(own)] = own
+        self.sampling.suppressed_ids[rows] = self._upload(ids, np.int32)
 
     def set_pages(self, entries: Seq[tuple[int, int, int]]) -> None:
         """Write page table entries (row, index, page)."""
         if entries:
-            rows, indices, pages = np.array(entries, np.int64).T
-            self.page_table[self._upload(rows, np.int64), self._upload(indices, np.int64)] = self._upload(
-                pages, np.int32
-            )
+            rows, indices, pages = self._upload(np.array(entries, np.int64).T, np.int64)
+            self.page_table[rows, indices] = pages.int()
 
     def advance(self, row_index: Tensor, tokens: Tensor) -> None:
         """After a decode step: rows `row_index` [R] have written `tokens` [R, L]. No host synchronisation.

@@ -107,6 +107,8 @@ def run_batch_command(options: argparse.Namespace) -> int:
 
 
 def _run(path: Path, settings: ServeSettings, results: Results, answered: set[str], report: Report) -> int:
+    if path.exists() and not path.is_file():
+        return _complain(f"{path} is no regular file, and the input is read twice", EXIT_BAD_INPUT)
     try:
         found = survey(path, answered)
     except OSError as error:
@@ -135,7 +137,7 @@ def _run(path: Path, settings: ServeSettings, results: Results, answered: set[st
     sys.stderr.write(summary + (f", {unasked} left: run the same command again\n" if unasked else "\n"))
     if stopped is not None:
         return EXIT_INTERRUPTED if stopped == EXIT_STOPPED else EXIT_INCOMPLETE
-    return EXIT_INCOMPLETE if report.skipped else 0
+    return EXIT_INCOMPLETE if report.skipped or unasked else 0
 
 
 def _complain(message: str, code: int) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import subprocess
 
 import httpx
@@ -22,6 +23,7 @@ def client(server: ServerProcess) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl_gets_a_story(server: ServerProcess) -> None:
     body = json.dumps({"prompt": PROMPT, "max_tokens": 40, "temperature": 0})
     command = ["curl", "-sSf", f"{server.url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]

@@ -49,6 +49,9 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
         err = capsys.readouterr().err
         assert named in err
         assert err.count("\n") == 1
+    for other in (str(tmp_path), "/dev/null"):
+        assert cli.main(["batch", other, "-o", str(output)]) == 2
+        assert f"{other} is no regular file" in capsys.readouterr().err
     source.write_bytes(line("a"))
     assert cli.main(["batch", str(source), "-o", str(output), "--model", "/no/such/model"]) == 2
     assert "there is no directory /no/such/model" in capsys.readouterr().err

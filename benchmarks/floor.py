@@ -133,7 +133,11 @@ def _writer_products(config: ModelConfig, rows: int) -> list[Product]:
     token, hidden = config.token_decoder, config.token_decoder.hidden_size
     expansion = [(rows, config.block_decoder.hidden_size, config.expanded_vectors * hidden)]
     first = config.expanded_vectors if token.strategy == "prefix" else 1
-    passes = _decoder_products(token, first * rows) + _decoder_products(token, rows) * (config.block_length - 1)
+    others = _decoder_products(token, rows)
+    if token.strategy == "prefix":
+        # The first layer of a token is a table by token, all but attention's own product.
+        others = others[1:2] + others[4:]
+    passes = _decoder_products(token, first * rows) + others * (config.block_length - 1)
     return expansion + passes + [(rows, hidden, config.vocab_size)] * config.block_length
 
 

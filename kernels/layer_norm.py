@@ -15,8 +15,8 @@ def residual_normalise(x: Tensor, branch: Tensor | None, eps: float) -> tuple[Te
 
     x' = x + branch;   n = (x' - mean(x')) / sqrt(var(x') + eps)
 
-    x, branch: [N, H]; no branch in front of the first layer, where x' is x itself. Sum and statistics are fp32; x' is
-    rounded to x's dtype before it is normalised. Returns x' and n, [N, H] each.
+    x, branch: [N, H]; no branch in front of the first layer, where x' is x itself. Rows of x may lie apart. Sum and
+    statistics are fp32; x' is rounded to x's dtype before it is normalised. Returns x' and n, [N, H] each.
     """
     x = _residual_sum(x, branch)
     return x, F.layer_norm(x, (x.shape[-1],), None, None, eps)
@@ -45,6 +45,7 @@ def _norm_row(
     total: tl.tensor,
     normed: tl.tensor,
     width: tl.tensor,
+    x_stride: tl.tensor,
     eps: tl.tensor,
     ADD: tl.constexpr,
     STORE_SUM: tl.constexpr,
@@ -52,10 +53,11 @@ def _norm_row(
     TILE_H: tl.constexpr,
 ) -> None:
     """Sum, statistics and norm of one row, which fits into a tile."""
-    row = tl.program_id(0).to(tl.int64) * width
+    place = tl.program_id(0).to(tl.int64)
+    row = place * width
     dims = tl.arange(0, TILE_H)
     inside = dims < width
-    value = tl.load(x + row + dims, mask=inside, other=0)
+    value = tl.load(x + place * x_stride + dims, mask=inside, other=0)
     if ADD:
         value32 = value.to(tl.float32) + tl.load(branch + row + dims, mask=inside, other=0).to(tl.float32)
         value = value32.to(value.dtype)
@@ -73,9 +75,9 @@ def _norm_row(
 def triton_residual_normalise(x: Tensor, branch: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """`residual_normalise` in Triton: x' = x + branch and (x' - mean) / sqrt(var + eps), in one pass over memory.
 
-    A program holds a whole row. Without a branch x' is x itself.
+    A program holds a whole row. Without a branch x' is x itself. All but the rows of x contiguous.
     """
-    total = None if branch is None else torch.empty_like(x)
+    total = None if branch is None else torch.empty_like(branch)
     normed = _launch(x, branch, None, None, total, eps)
     return x if total is None else total, normed
 
@@ -88,11 +90,11 @@ def triton_residual_layer_norm(x: Tensor, branch: Tensor | None, weight: Tensor,
 def _launch(
     x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None, total: Tensor | None, eps: float
 ) -> Tensor:
-    assert x.is_contiguous()
+    assert x.stride(1) == 1
     assert branch is None or branch.is_contiguous()
     rows, width = x.shape
     tile_h = power_of_2(width)
-    normed = torch.empty_like(x)
+    normed = x.new_empty(x.shape)
     _norm_row[(rows,)](
         x,
         branch,
@@ -101,6 +103,7 @@ def _launch(
         total,
         normed,
         width,
+        x.stride(0),
         eps,
         ADD=branch is not None,
         STORE_SUM=total is not None,

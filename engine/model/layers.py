@@ -65,8 +65,8 @@ class Layer:
     """From [attention | gelu(up)] [N, H + F] to what is added to x [N, H]."""
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], name: str) -> "Layer":
-        """The layer that a checkpoint calls `name`. Merged in fp32, and rounded once to the checkpoint's dtype."""
+    def of(cls, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | None = None) -> "Layer":
+        """The layer that a checkpoint calls `name`. Merged in fp32, rounded once to `dtype` (or the checkpoint's)."""
 
         def tensor(part: str) -> Tensor:
             return tensors[f"{name}.{part}"].float()
@@ -75,7 +75,7 @@ class Layer:
             weight, bias = tensor(f"{linear}.weight"), tensor(f"{linear}.bias")
             return weight * tensor(f"{norm}.weight"), torch.addmv(bias, weight, tensor(f"{norm}.bias"))
 
-        dtype = tensors[f"{name}.attention.dense.weight"].dtype
+        dtype = dtype or tensors[f"{name}.attention.dense.weight"].dtype
         weights, biases = zip(
             behind("input_layernorm", "attention.query_key_value"),
             behind("post_attention_layernorm", "mlp.dense_h_to_4h"),
@@ -105,9 +105,19 @@ class LayerStack:
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """All layers and the final norm: x [N, H] -> [N, H]."""
-        x, branch = self._run(x, attend, self.layers)
-        norm = self.final_norm
-        return self.kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, self.config.layer_norm_eps)
+        return self._normed(*self._run(x, None, attend, self.layers))
+
+    def forward_tabulated(self, entries: Tensor, attend: Attend) -> Tensor:
+        """As `forward` of the embeddings of N tokens, from their entries [N, 4 * H] of `token_table`; overwritten.
+
+        The first layer is attention and its product: x' = entry of x + attention @ Wout.
+        """
+        width = self.config.hidden_size
+        qkv, x = entries.tensor_split((3 * width,), dim=1)
+        attended = entries.new_empty(len(entries), width)
+        attend(0, qkv, attended)
+        branch = self.linear(attended, Linear(self.layers[0].out_of.weight[:width], None))
+        return self._normed(*self._run(x, branch, attend, self.layers[1:], first=1))
 
     def project_only(self, x: Tensor, attend: Attend, project: Callable[[int, Tensor], object]) -> None:
         """As much of `forward` as keys and values need: of the last layer its qkv [N, 3 * H], which `project` gets.
@@ -115,15 +125,20 @@ class LayerStack:
         x: [N, H]. The last layer's attention and FFN, and the final norm, would only make an output that nobody reads.
         """
         layers, last = self.layers[:-1], self.layers[-1].into
-        _, normed = self.kernels.residual_normalise(*self._run(x, attend, layers), self.config.layer_norm_eps)
+        _, normed = self.kernels.residual_normalise(*self._run(x, None, attend, layers), self.config.layer_norm_eps)
         end = 3 * self.config.hidden_size
         assert last.bias is not None
         project(len(layers), self.linear(normed, Linear(last.weight[:, :end], last.bias[:end])))
 
-    def _run(self, x: Tensor, attend: Attend, layers: Sequence[Layer]) -> tuple[Tensor, Tensor | None]:
-        """The residual stream behind `layers`, and what the last one has yet to add to it."""
-        width, branch = self.config.hidden_size, None
-        for index, layer in enumerate(layers):
+    def _run(
+        self, x: Tensor, branch: Tensor | None, attend: Attend, layers: Sequence[Layer], first: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream behind `layers`, and what the last one has yet to add to it.
+
+        Given both as they are in front of them; the first of `layers` is the stack's layer `first`.
+        """
+        width = self.config.hidden_size
+        for index, layer in enumerate(layers, first):
             x, normed = self.kernels.residual_normalise(x, branch, self.config.layer_norm_eps)
             qkv, up = self.linear(normed, layer.into).tensor_split((3 * width,), dim=1)
             inner = x.new_empty(len(x), layer.out_of.weight.shape[0])
@@ -131,3 +146,8 @@ class LayerStack:
             self.kernels.gelu_into(up, inner[:, width:])
             branch = self.linear(inner, layer.out_of)
         return x, branch
+
+    def _normed(self, x: Tensor, branch: Tensor | None) -> Tensor:
+        """The final norm of x + branch."""
+        norm = self.final_norm
+        return self.kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, self.config.layer_norm_eps)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import BlockTransformerConfig
-from engine.model.layers import LayerStack, Linear
+from engine.model.layers import Attend, Layer, LayerStack, Linear
+from engine.model.token_table import token_table
 from engine.model.writer import Choose, Scratch
 from kernels.dispatch import Kernels
 from kernels.rotary import rotary_table
@@ -22,6 +23,10 @@ class TokenDecoder:
         self._kernels = kernels
         self._stack = LayerStack(decoder, tensors, "token_decoder.gpt_neox", kernels)
         self._table = tensors["token_decoder.gpt_neox.embed_in.weight"]
+        """By token: its embedding [h] or, if that alone enters the first layer, its entry of `token_table` [4 * h]."""
+        if decoder.strategy == "prefix" and config.block_length > 1:
+            first = Layer.of(tensors, "token_decoder.gpt_neox.layers.0", torch.float32)
+            self._table = token_table(self._table, first, decoder.layer_norm_eps)
         self._expansion = Linear.of(tensors, "token_decoder.expansion_layer")
         self._head = Linear.of(tensors, "token_decoder.embed_out")
         self._scale = decoder.head_size**-0.5
@@ -48,12 +53,13 @@ class TokenDecoder:
 
     def _write_behind_prefix(self, expanded: Tensor, scratch: Scratch, choose: Choose) -> list[Tensor]:
         """The expanded context [R, prefix, h] goes in front of the tokens; its last position predicts the first."""
-        prefix_length = expanded.shape[1]
-        hidden = self._positions(expanded, 0, scratch)[:, -1]
+        prefix_length, width = expanded.shape[1:]
+        attend = self._attend(prefix_length, 0, scratch)
+        hidden = self._stack.forward(expanded.reshape(-1, width), attend).view(expanded.shape)[:, -1]
         tokens = [choose(self._logits(hidden), 0)]
         for place in range(1, self._config.block_length):
-            embedded = F.embedding(tokens[-1], self._table)[:, None]
-            hidden = self._positions(embedded, prefix_length + place - 1, scratch)[:, 0]
+            entries = F.embedding(tokens[-1], self._table)
+            hidden = self._stack.forward_tabulated(entries, self._attend(1, prefix_length + place - 1, scratch))
             tokens.append(choose(self._logits(hidden), place))
         return tokens
 
@@ -62,16 +68,15 @@ class TokenDecoder:
         tokens: list[Tensor] = []
         for place in range(self._config.block_length):
             before = F.embedding(tokens[-1], self._table) if tokens else self._table[self._config.eos_token_id]
-            hidden = self._positions((expanded[:, place] + before)[:, None], place, scratch)[:, 0]
+            hidden = self._stack.forward(expanded[:, place] + before, self._attend(1, place, scratch))
             tokens.append(choose(self._logits(hidden), place))
         return tokens
 
-    def _positions(self, x: Tensor, first_position: int, scratch: Scratch) -> Tensor:
-        """Run positions first_position.. of every row: x [R, S, h] -> [R, S, h] behind the final norm."""
-        rows, length, width = x.shape
-        heads = self._config.token_decoder.num_heads
+    def _attend(self, length: int, first_position: int, scratch: Scratch) -> Attend:
+        """Attention of each row's positions first_position.., `length` of them, over the scratch cache."""
 
         def attend(layer: int, qkv: Tensor, out: Tensor) -> None:
+            rows = len(qkv) // length
             self._kernels.rotary_local_attention(
                 qkv.view(rows, length, -1),
                 first_position,
@@ -79,10 +84,10 @@ class TokenDecoder:
                 scratch.keys[layer],
                 scratch.values[layer],
                 self._scale,
-                out.view(rows, length, heads, -1),
+                out.view(rows, length, self._config.token_decoder.num_heads, -1),
             )
 
-        return self._stack.forward(x.reshape(-1, width), attend).view(rows, length, width)
+        return attend
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._stack.linear(hidden, self._head)

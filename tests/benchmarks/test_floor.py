@@ -28,10 +28,12 @@ def test_products_are_those_of_the_parameters() -> None:
     decoder = 12 * 12 * 2048**2
     expansion, head = 2048 * 2 * 2048, 2048 * 50304
     weights = sum(inner * columns for _, inner, columns in decode_products(config, 1))
+    # Of a token, the first layer is a table but for attention's own product.
+    token = decoder - 11 * 2048**2
     # The pass of the two prefix positions and three more through the token decoder; a head for each token.
-    assert weights == decoder + expansion + 4 * decoder + 4 * head
+    assert weights == decoder + expansion + decoder + 3 * token + 4 * head
     macs = sum(math.prod(product) for product in decode_products(config, 8))
-    assert macs == 8 * (decoder + expansion + 5 * decoder + 4 * head)
+    assert macs == 8 * (decoder + expansion + 2 * decoder + 3 * token + 4 * head)
     # The last layer stops at its keys and values.
     assert sum(map(math.prod, prefill_products(config, 8))) == 8 * (decoder - 9 * 2048**2)
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from kernels.dispatch import Kernels
-from tests.kernels.reference import DTYPES, assert_exact_as_torch, random
+from tests.kernels.reference import DTYPES, apart, assert_exact_as_torch, is_whole_around, random
 
 SHAPES = [(1, 1), (3, 7), (2, 64), (5, 130), (2, 2048)]
 EPS = 1e-3
@@ -33,6 +34,22 @@ def test_norms(kernels: Kernels, dtype: torch.dtype, shape: tuple[int, int], wit
     assert_exact_as_torch(n, normalised, total)
     assert_exact_as_torch(kernels.residual_layer_norm(x, branch, weight, bias, EPS), normed, total, weight, bias)
     assert torch.equal(x, random(*shape, dtype=dtype, scale=3)), "the input is not to be changed"
+
+
+@pytest.mark.parametrize("with_branch", [True, False])
+def test_rows_may_lie_apart(kernels: Kernels, with_branch: bool) -> None:
+    x = random(5, 130)
+    branch, weight, bias = random(5, 130, seed=1), random(130, seed=2), random(130, seed=3)
+    added = branch if with_branch else None
+    spread = apart(x)
+    for ours, expected in zip(
+        kernels.residual_normalise(spread, added, EPS), kernels.residual_normalise(x, added, EPS), strict=True
+    ):
+        assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    ours = kernels.residual_layer_norm(spread, added, weight, bias, EPS)
+    assert_close(ours, kernels.residual_layer_norm(x, added, weight, bias, EPS), rtol=1e-6, atol=1e-6)
+    assert ours.is_contiguous()
+    assert is_whole_around(spread)
 
 
 def test_the_rounded_sum_is_normalised(kernels: Kernels) -> None:

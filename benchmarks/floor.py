@@ -89,12 +89,12 @@ def kv_position_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 def decode_products(config: ModelConfig, rows: int) -> list[Product]:
     """Of a step that writes a block for each of `rows` rows."""
-    return _decoder_products(config.block_decoder, rows) + _writer_products(config, rows)
+    return _positions_products(config, rows) + _writer_products(config, rows)
 
 
 def prefill_products(config: ModelConfig, positions: int) -> list[Product]:
     """Of prefilling so many positions; the last layer ends with its keys and values."""
-    return _decoder_products(config.block_decoder, positions)[:-3]
+    return _positions_products(config, positions)[:-3]
 
 
 def products_seconds(products: Iterable[Product], device: torch.device, dtype: torch.dtype) -> float:
@@ -133,19 +133,25 @@ def _writer_products(config: ModelConfig, rows: int) -> list[Product]:
     token, hidden = config.token_decoder, config.token_decoder.hidden_size
     expansion = [(rows, config.block_decoder.hidden_size, config.expanded_vectors * hidden)]
     first = config.expanded_vectors if token.strategy == "prefix" else 1
-    others = _decoder_products(token, rows)
-    if token.strategy == "prefix":
-        # The first layer of a token is a table by token, all but attention's own product.
-        others = others[1:2] + others[4:]
+    others = _decoder_products(token, rows, of_tokens=token.strategy == "prefix")
     passes = _decoder_products(token, first * rows) + others * (config.block_length - 1)
     return expansion + passes + [(rows, hidden, config.vocab_size)] * config.block_length
 
 
-def _decoder_products(decoder: DecoderConfig, batch: int) -> list[Product]:
-    """Of one pass of `batch` positions through a decoder's layers."""
+def _positions_products(config: ModelConfig, positions: int) -> list[Product]:
+    """Of so many positions through the block decoder; those of a vanilla model are tokens."""
+    return _decoder_products(config.block_decoder, positions, of_tokens=not isinstance(config, BlockTransformerConfig))
+
+
+def _decoder_products(decoder: DecoderConfig, batch: int, *, of_tokens: bool = False) -> list[Product]:
+    """Of one pass of `batch` positions through a decoder's layers.
+
+    The first layer of tokens is a table by token, all but attention's own product.
+    """
     hidden, ffn = decoder.hidden_size, decoder.intermediate_size
     layer = [(batch, hidden, 3 * hidden), (batch, hidden, hidden), (batch, hidden, ffn), (batch, ffn, hidden)]
-    return layer * decoder.num_layers
+    products = layer * decoder.num_layers
+    return products[1:2] + products[4:] if of_tokens else products
 
 
 def _median_seconds(run: Callable[[], object], device: torch.device, repeats: int = 15) -> float:

@@ -51,7 +51,7 @@ class BenchmarkModel:
     floors: Mapping[str, int]
     """Tokens a second by workload on one H200 in bfloat16 with `rows` rows: the time of a step's matrix products in
     one graph and of one reading of its KV at 4.28 TB/s, one after the other. For the vanilla models the products are
-    counted at 620 TFLOP/s. Measured with all products of the token decoder's first layer, for which a table stands
+    counted at 620 TFLOP/s. Measured with all products of the first layer that tokens enter, for which a table stands
     since: 3 to 5% of a step's."""
 
     def floor(self, workload: str, *, rows: int, dtype: str, device: str) -> int | None:

@@ -104,34 +104,47 @@ class LayerStack:
         return self.kernels.linear(x, linear.weight, linear.bias)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """All layers and the final norm: x [N, H] -> [N, H]."""
-        return self._normed(*self._run(x, None, attend, self.layers))
+        """All layers and the final norm: x [N, H] -> [N, H].
 
-    def forward_tabulated(self, entries: Tensor, attend: Attend) -> Tensor:
-        """As `forward` of the embeddings of N tokens, from their entries [N, 4 * H] of `token_table`; overwritten.
-
-        The first layer is attention and its product: x' = entry of x + attention @ Wout.
+        In place of embeddings of tokens x may be their entries [N, 4 * H] of `engine.model.token_table`, overwritten.
         """
-        width = self.config.hidden_size
-        qkv, x = entries.tensor_split((3 * width,), dim=1)
-        attended = entries.new_empty(len(entries), width)
-        attend(0, qkv, attended)
-        branch = self.linear(attended, Linear(self.layers[0].out_of.weight[:width], None))
-        return self._normed(*self._run(x, branch, attend, self.layers[1:], first=1))
+        x, branch, first = self._begin(x, attend)
+        x, branch = self._run(x, branch, attend, self.layers[first:], first)
+        norm = self.final_norm
+        return self.kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, self.config.layer_norm_eps)
 
     def project_only(self, x: Tensor, attend: Attend, project: Callable[[int, Tensor], object]) -> None:
         """As much of `forward` as keys and values need: of the last layer its qkv [N, 3 * H], which `project` gets.
 
-        x: [N, H]. The last layer's attention and FFN, and the final norm, would only make an output that nobody reads.
+        x as `forward` has it. The last layer's attention and FFN, and the final norm, would only make an output that
+        nobody reads.
         """
-        layers, last = self.layers[:-1], self.layers[-1].into
-        _, normed = self.kernels.residual_normalise(*self._run(x, None, attend, layers), self.config.layer_norm_eps)
-        end = 3 * self.config.hidden_size
-        assert last.bias is not None
-        project(len(layers), self.linear(normed, Linear(last.weight[:, :end], last.bias[:end])))
+        end, last = 3 * self.config.hidden_size, len(self.layers) - 1
+        if last == 0 and x.shape[1] > end:
+            project(0, x[:, :end])
+            return
+        x, branch, first = self._begin(x, attend)
+        x, branch = self._run(x, branch, attend, self.layers[first:last], first)
+        _, normed = self.kernels.residual_normalise(x, branch, self.config.layer_norm_eps)
+        into = self.layers[last].into
+        assert into.bias is not None
+        project(last, self.linear(normed, Linear(into.weight[:, :end], into.bias[:end])))
+
+    def _begin(self, x: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None, int]:
+        """What `_run` is to begin with, and at which layer.
+
+        Of entries, the first layer is attention and its product: x' = the entry's x + attention @ Wout.
+        """
+        width = self.config.hidden_size
+        if x.shape[1] == width:
+            return x, None, 0
+        qkv, x = x.tensor_split((3 * width,), dim=1)
+        attended = x.new_empty(len(x), width)
+        attend(0, qkv, attended)
+        return x, self.linear(attended, Linear(self.layers[0].out_of.weight[:width], None)), 1
 
     def _run(
-        self, x: Tensor, branch: Tensor | None, attend: Attend, layers: Sequence[Layer], first: int = 0
+        self, x: Tensor, branch: Tensor | None, attend: Attend, layers: Sequence[Layer], first: int
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream behind `layers`, and what the last one has yet to add to it.
 
@@ -146,8 +159,3 @@ class LayerStack:
             self.kernels.gelu_into(up, inner[:, width:])
             branch = self.linear(inner, layer.out_of)
         return x, branch
-
-    def _normed(self, x: Tensor, branch: Tensor | None) -> Tensor:
-        """The final norm of x + branch."""
-        norm = self.final_norm
-        return self.kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, self.config.layer_norm_eps)

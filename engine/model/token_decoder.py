@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import BlockTransformerConfig
-from engine.model.layers import Attend, Layer, LayerStack, Linear
-from engine.model.token_table import token_table
+from engine.model.layers import Attend, LayerStack, Linear
+from engine.model.token_table import first_layer_table
 from engine.model.writer import Choose, Scratch
 from kernels.dispatch import Kernels
 from kernels.rotary import rotary_table
@@ -23,10 +23,9 @@ class TokenDecoder:
         self._kernels = kernels
         self._stack = LayerStack(decoder, tensors, "token_decoder.gpt_neox", kernels)
         self._table = tensors["token_decoder.gpt_neox.embed_in.weight"]
-        """By token: its embedding [h] or, if that alone enters the first layer, its entry of `token_table` [4 * h]."""
+        """By token: its embedding [h] or, if that alone enters the first layer, its entry of a `token_table`."""
         if decoder.strategy == "prefix" and config.block_length > 1:
-            first = Layer.of(tensors, "token_decoder.gpt_neox.layers.0", torch.float32)
-            self._table = token_table(self._table, first, decoder.layer_norm_eps)
+            self._table = first_layer_table(tensors, "token_decoder.gpt_neox", decoder.layer_norm_eps)
         self._expansion = Linear.of(tensors, "token_decoder.expansion_layer")
         self._head = Linear.of(tensors, "token_decoder.embed_out")
         self._scale = decoder.head_size**-0.5
@@ -59,7 +58,7 @@ class TokenDecoder:
         tokens = [choose(self._logits(hidden), 0)]
         for place in range(1, self._config.block_length):
             entries = F.embedding(tokens[-1], self._table)
-            hidden = self._stack.forward_tabulated(entries, self._attend(1, prefix_length + place - 1, scratch))
+            hidden = self._stack.forward(entries, self._attend(1, prefix_length + place - 1, scratch))
             tokens.append(choose(self._logits(hidden), place))
         return tokens
 

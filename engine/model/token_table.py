@@ -13,6 +13,8 @@ product, x + attention(q k v) @ Wout. The table stands in for E itself: V * 4 * 
 Letters in shapes: V vocabulary, H width.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +23,22 @@ from engine.model.layers import Layer
 
 TOKENS_AT_ONCE = 1024
 """That are computed: for each of them the work takes some 15 * H numbers in fp32."""
+CPU_WORK = 5e10
+"""Floating-point operations that a CPU may spend on a table, about a second of a core. A large vocabulary would take
+minutes there, and no time that counts on a GPU."""
+
+
+def first_layer_table(tensors: Mapping[str, Tensor], name: str, eps: float) -> Tensor:
+    """What the stack that `tensors` holds under `name` takes for tokens: the table [V, 4 * H] of its first layer.
+
+    The embeddings [V, H] themselves where the table takes too long to compute.
+    """
+    embeddings = tensors[f"{name}.embed_in.weight"]
+    inner = tensors[f"{name}.layers.0.mlp.dense_h_to_4h.weight"].shape[0]
+    work = 2 * embeddings.numel() * (3 * embeddings.shape[1] + 2 * inner)
+    if embeddings.device.type == "cpu" and work > CPU_WORK:
+        return embeddings
+    return token_table(embeddings, Layer.of(tensors, f"{name}.layers.0", torch.float32), eps)
 
 
 def token_table(embeddings: Tensor, layer: Layer, eps: float) -> Tensor:

@@ -12,18 +12,22 @@ from engine.model.block_decoder import BlockDecoder
 from engine.model.embedder import Embedder
 from engine.model.layers import Linear
 from engine.model.model import Model
+from engine.model.token_table import first_layer_table
 from engine.model.writer import Choose, Scratch
 from kernels.dispatch import Kernels
 
 
 class VanillaTransformer(Model):
-    """A table of token vectors, all layers with the final norm, and the head: logits = hidden @ embed_out.T."""
+    """A table of token vectors, all layers with the final norm, and the head: logits = hidden @ embed_out.T.
+
+    The vectors are the tokens' entries of a `token_table`, which hold most of the first layer.
+    """
 
     def __init__(self, config: VanillaConfig, tensors: Mapping[str, Tensor], kernels: Kernels) -> None:
         """`tensors`: the weights of `engine.weights.expected_shapes(config)`, all of one dtype and on one device."""
         super().__init__(
             config,
-            Embedder(tensors["gpt_neox.embed_in.weight"], kernels),
+            Embedder(first_layer_table(tensors, "gpt_neox", config.block_decoder.layer_norm_eps), kernels),
             BlockDecoder(config, tensors, "gpt_neox", kernels),
             Head(tensors, kernels),
         )

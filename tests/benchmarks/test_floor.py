@@ -40,7 +40,10 @@ def test_products_are_those_of_the_parameters() -> None:
 
 def test_a_vanilla_model_writes_with_its_head() -> None:
     weights = sum(inner * columns for _, inner, columns in decode_products(MODELS["vanilla-302M"].config, 1))
-    assert weights == 24 * 12 * 1024**2 + 1024 * 50304
+    # Its first layer is a table, too.
+    assert weights == 24 * 12 * 1024**2 - 11 * 1024**2 + 1024 * 50304
+    macs = sum(map(math.prod, prefill_products(MODELS["vanilla-302M"].config, 8)))
+    assert macs == 8 * (24 * 12 - 11 - 9) * 1024**2
 
 
 def test_a_position_holds_keys_and_values_of_all_layers() -> None:

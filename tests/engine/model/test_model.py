@@ -44,6 +44,8 @@ VANILLA = VanillaConfig(
     max_length=40,
     block_decoder=DecoderConfig(num_layers=3, hidden_size=96, num_heads=3, intermediate_size=112, rotary_pct=0.5),
 )
+ONE_LAYER = VANILLA.model_copy(update={"block_decoder": VANILLA.block_decoder.model_copy(update={"num_layers": 1})})
+"""Of which the table by token holds keys and values whole."""
 CONFIGS = (
     model_config("prefix", length=4, prefix=2),
     model_config("prefix", length=3, prefix=5, projection="projection_layer"),
@@ -52,12 +54,13 @@ CONFIGS = (
     model_config("summation", length=4, prefix=0, eos=5),
     model_config("summation", length=1, prefix=0),
     VANILLA,
+    ONE_LAYER,
 )
 
 
 def name_of(config: ModelConfig) -> str:
     if not isinstance(config, BlockTransformerConfig):
-        return "vanilla"
+        return f"vanilla-{config.block_decoder.num_layers}"
     strategy = f"{config.token_decoder.strategy}{config.expanded_vectors}"
     return f"{strategy}-{config.embedder.projection}-{config.block_length}"
 

@@ -15,11 +15,18 @@ from engine.model.build import build_model
 from engine.model.layers import Layer
 from engine.model.model import Model
 from engine.model.naive import naive_model
-from engine.model.token_table import TOKENS_AT_ONCE, token_table
+from engine.model.token_table import TOKENS_AT_ONCE, first_layer_table, token_table
 from kernels.dispatch import torch_kernels
 from tests.engine.helpers import DEVICES
 from tests.engine.model.test_layers import WIDTH, checkpoint
-from tests.engine.model.test_model import VOCAB, lively_weights, model_config
+from tests.engine.model.test_model import (
+    VANILLA,
+    VOCAB,
+    lively_weights,
+    model_config,
+    random_ids,
+    served_results,
+)
 
 EPS = 1e-3
 EMBEDDINGS = "token_decoder.gpt_neox.embed_in.weight"
@@ -109,13 +116,30 @@ def test_tokens_skip_what_the_table_holds(config: ModelConfig, products: int, ge
     assert counted == {"products": products, "gelus": gelus}
 
 
-@pytest.mark.parametrize(("config", "kept"), [(PREFIX, False), (SUMMATION, True)], ids=["prefix", "summation"])
-def test_the_table_takes_the_place_of_the_embeddings(config: ModelConfig, kept: bool) -> None:
+@pytest.mark.parametrize(
+    ("config", "name", "kept"),
+    [(PREFIX, EMBEDDINGS, False), (SUMMATION, EMBEDDINGS, True), (VANILLA, "gpt_neox.embed_in.weight", False)],
+    ids=["prefix", "summation", "vanilla"],
+)
+def test_the_table_takes_the_place_of_the_embeddings(config: ModelConfig, name: str, kept: bool) -> None:
     tensors = lively_weights(config)
-    model, embeddings = build_model(config, tensors, torch_kernels()), weakref.ref(tensors[EMBEDDINGS])
+    model, embeddings = build_model(config, tensors, torch_kernels()), weakref.ref(tensors[name])
     del tensors
     assert (embeddings() is not None) == kept
     write(model)
+
+
+def test_a_cpu_is_spared_the_table_of_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = lively_weights(VANILLA)
+    embeddings = tensors["gpt_neox.embed_in.weight"]
+    assert first_layer_table(tensors, "gpt_neox", EPS).shape == (VOCAB, 4 * embeddings.shape[1])
+    monkeypatch.setattr("engine.model.token_table.CPU_WORK", 2.0 * embeddings.numel() * (3 * 96 + 2 * 112) - 1)
+    assert first_layer_table(tensors, "gpt_neox", EPS) is embeddings
+    # What is made of the embeddings is the same.
+    ids = random_ids(VANILLA, rows=5, blocks=26)
+    naive = naive_model(VANILLA, tensors, torch.float64).forward(ids)
+    for row, position, context, _logits in served_results(VANILLA, ids, torch.float32):
+        assert_close(context.double(), naive.context_embeddings[row, position], atol=2e-5, rtol=1e-5)
 
 
 def write(model: Model) -> Tensor:

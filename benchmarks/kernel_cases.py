@@ -115,26 +115,28 @@ def _prefill_cases(kernels: Kernels, only: str) -> Iterator[Case]:
 
 
 def _local_cases(kernels: Kernels, only: str) -> Iterator[Case]:
-    op = "rotary_local_attention"
+    op = "local_attention_and_gelu"
     for rows, heads, head_size, length, first in (
         (1024, 16, 128, 2, 0),
         (1024, 16, 128, 1, 2),
         (1024, 16, 128, 1, 4),
         (2048, 16, 64, 1, 4),
         (4096, 12, 64, 1, 4),
+        (1, 16, 128, 1, 4),
     ):
         if only not in op:
             continue
         keys, values = (_random(rows, heads, 5, head_size) for _ in range(2))
         width = heads * head_size
         into, inner = _layer_buffers(rows * length, width)
-        qkv, out = into[:, : 3 * width].view(rows, length, -1), inner[:, :width].view(rows, length, heads, head_size)
         table = rotary_table(5, head_size // 4, 10000.0, CUDA)
+        into, inner = into.view(rows, length, -1), inner.view(rows, length, -1)
+        arguments = into, first, table, keys, values, head_size**-0.5, inner
         yield Case(
             op,
             f"{rows} rows, {length} behind {first}, {heads} heads of {head_size}",
-            partial(kernels.rotary_local_attention, qkv, first, table, keys, values, head_size**-0.5, out),
-            bytes=rows * heads * head_size * (6 * length + 2 * first) * DTYPE.itemsize,
+            partial(kernels.local_attention_and_gelu, *arguments),
+            bytes=rows * width * (14 * length + 2 * first) * DTYPE.itemsize,
         )
 
 

@@ -19,7 +19,7 @@ from kernels.layer_norm import (
     triton_residual_normalise,
 )
 from kernels.linear import linear
-from kernels.local_attention import rotary_local_attention, triton_rotary_local_attention
+from kernels.local_attention import local_attention_and_gelu, triton_local_attention_and_gelu
 from kernels.logprobs import Logprobs, top_logprobs, triton_top_logprobs
 from kernels.prefill_attention import paged_prefill_attention, triton_paged_prefill_attention
 from kernels.rotary import rotary_paged_write, triton_rotary_paged_write
@@ -41,7 +41,7 @@ class Kernels:
     rotary_paged_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     paged_decode_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
     paged_prefill_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
-    rotary_local_attention: Callable[[Tensor, int, Tensor, Tensor, Tensor, float, Tensor], None]
+    local_attention_and_gelu: Callable[[Tensor, int, Tensor, Tensor, Tensor, float, Tensor], None]
     sample: Callable[[Tensor, Tensor, Tensor, SamplingTables], tuple[Tensor, Tensor]]
     adjust: Callable[[Tensor, Tensor, Tensor, AdjustmentTables], Tensor]
     top_logprobs: Callable[[Tensor, Tensor, Tensor], Logprobs]
@@ -58,7 +58,7 @@ def torch_kernels() -> Kernels:
         rotary_paged_write=rotary_paged_write,
         paged_decode_attention=paged_decode_attention,
         paged_prefill_attention=paged_prefill_attention,
-        rotary_local_attention=rotary_local_attention,
+        local_attention_and_gelu=local_attention_and_gelu,
         sample=sample,
         adjust=adjust,
         top_logprobs=top_logprobs,
@@ -81,7 +81,7 @@ def triton_kernels() -> Kernels:
         rotary_paged_write=triton_rotary_paged_write,
         paged_decode_attention=triton_paged_decode_attention,
         paged_prefill_attention=triton_paged_prefill_attention,
-        rotary_local_attention=triton_rotary_local_attention,
+        local_attention_and_gelu=triton_local_attention_and_gelu,
         sample=triton_sample,
         adjust=triton_adjust,
         top_logprobs=triton_top_logprobs,

@@ -23,6 +23,16 @@ def gelu_into(source: Tensor, out: Tensor) -> None:
 
 
 @jit
+def gelu_part(source: tl.tensor, out: tl.tensor, part: tl.tensor, width: tl.tensor, TILE: tl.constexpr) -> None:
+    """The `part`-th TILE numbers of a row of `width`."""
+    place = part * TILE + tl.arange(0, TILE)
+    inside = place < width
+    y = tl.load(source + place, mask=inside, other=0).to(tl.float32)
+    result = 0.5 * y * (1.0 + tl.erf(y * INVERSE_SQRT_2))
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
 def _gelu_tile(
     source: tl.tensor,
     out: tl.tensor,
@@ -33,11 +43,7 @@ def _gelu_tile(
 ) -> None:
     """TILE numbers of one row."""
     row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside = place < width
-    y = tl.load(source + row * source_stride + place, mask=inside, other=0).to(tl.float32)
-    result = 0.5 * y * (1.0 + tl.erf(y * INVERSE_SQRT_2))
-    tl.store(out + row * out_stride + place, result.to(out.dtype.element_ty), mask=inside)
+    gelu_part(source + row * source_stride, out + row * out_stride, tl.program_id(1), width, TILE)
 
 
 def triton_gelu_into(source: Tensor, out: Tensor) -> None:

@@ -8,7 +8,7 @@ branches' last products is a product of what they multiply, side by side:
     [qkv | up]   = n @ [diag(w1) Wqkv | diag(w2) Wup] + [bqkv + b1 Wqkv | bup + b2 Wup]
     x'           = x + [attention(qkv) | gelu(up)] @ [Wout ; Wdown] + bout + bdown
 
-The stack knows nothing of where keys and values live: it hands each layer's qkv to the decoder's own attention.
+The stack knows nothing of where keys and values live: what lies between the products is the decoder's own.
 Letters in shapes: N positions, H width, F inner width of the FFN.
 """
 
@@ -21,11 +21,13 @@ from torch import Tensor
 from engine.config import DecoderConfig
 from kernels.dispatch import Kernels
 
-Attend = Callable[[int, Tensor, Tensor], None]
-"""(layer, queries, keys and values [N, 3 * H], out [N, H]): writes attention's output, in front of its last product.
+Between = Callable[[int, Tensor, Tensor], None]
+"""(layer, [qkv | up] [N, 3 * H + F], out [N, H + F]): writes [attention(qkv) | gelu(up)].
 
-Both are parts of wider buffers; the first is laid out [query | key | value] a head and may be overwritten.
+qkv is laid out [query | key | value] a head. The first buffer may be overwritten.
 """
+Attend = Callable[[int, Tensor, Tensor], None]
+"""(layer, qkv [N, 3 * H], out [N, H]): writes attention(qkv) alone. Both are parts of wider buffers."""
 
 
 @dataclass(frozen=True)
@@ -103,31 +105,40 @@ class LayerStack:
         """Apply a linear map to x [N, in]; returns [N, out]."""
         return self.kernels.linear(x, linear.weight, linear.bias)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+    def gelu_behind(self, attend: Attend) -> Between:
+        """For attention that does not take up's GELU along: a launch of its own."""
+        width = self.config.hidden_size
+
+        def between(layer: int, into: Tensor, inner: Tensor) -> None:
+            attend(layer, into[:, : 3 * width], inner[:, :width])
+            self.kernels.gelu_into(into[:, 3 * width :], inner[:, width:])
+
+        return between
+
+    def forward(self, x: Tensor, between: Between) -> Tensor:
         """All layers and the final norm: x [N, H] -> [N, H]."""
-        x, branch = self._run(x, attend, self.layers)
+        x, branch = self._run(x, between, self.layers)
         norm = self.final_norm
         return self.kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, self.config.layer_norm_eps)
 
-    def project_only(self, x: Tensor, attend: Attend, project: Callable[[int, Tensor], object]) -> None:
+    def project_only(self, x: Tensor, between: Between, project: Callable[[int, Tensor], object]) -> None:
         """As much of `forward` as keys and values need: of the last layer its qkv [N, 3 * H], which `project` gets.
 
         x: [N, H]. The last layer's attention and FFN, and the final norm, would only make an output that nobody reads.
         """
         layers, last = self.layers[:-1], self.layers[-1].into
-        _, normed = self.kernels.residual_normalise(*self._run(x, attend, layers), self.config.layer_norm_eps)
+        _, normed = self.kernels.residual_normalise(*self._run(x, between, layers), self.config.layer_norm_eps)
         end = 3 * self.config.hidden_size
         assert last.bias is not None
         project(len(layers), self.linear(normed, Linear(last.weight[:, :end], last.bias[:end])))
 
-    def _run(self, x: Tensor, attend: Attend, layers: Sequence[Layer]) -> tuple[Tensor, Tensor | None]:
+    def _run(self, x: Tensor, between: Between, layers: Sequence[Layer]) -> tuple[Tensor, Tensor | None]:
         """The residual stream behind `layers`, and what the last one has yet to add to it."""
-        width, branch = self.config.hidden_size, None
+        branch = None
         for index, layer in enumerate(layers):
             x, normed = self.kernels.residual_normalise(x, branch, self.config.layer_norm_eps)
-            qkv, up = self.linear(normed, layer.into).tensor_split((3 * width,), dim=1)
+            into = self.linear(normed, layer.into)
             inner = x.new_empty(len(x), layer.out_of.weight.shape[0])
-            attend(index, qkv, inner[:, :width])
-            self.kernels.gelu_into(up, inner[:, width:])
+            between(index, into, inner)
             branch = self.linear(inner, layer.out_of)
         return x, branch

@@ -69,20 +69,19 @@ class TokenDecoder:
     def _positions(self, x: Tensor, first_position: int, scratch: Scratch) -> Tensor:
         """Run positions first_position.. of every row: x [R, S, h] -> [R, S, h] behind the final norm."""
         rows, length, width = x.shape
-        heads = self._config.token_decoder.num_heads
 
-        def attend(layer: int, qkv: Tensor, out: Tensor) -> None:
-            self._kernels.rotary_local_attention(
-                qkv.view(rows, length, -1),
+        def between(layer: int, into: Tensor, inner: Tensor) -> None:
+            self._kernels.local_attention_and_gelu(
+                into.view(rows, length, -1),
                 first_position,
                 self._rotary,
                 scratch.keys[layer],
                 scratch.values[layer],
                 self._scale,
-                out.view(rows, length, heads, -1),
+                inner.view(rows, length, -1),
             )
 
-        return self._stack.forward(x.reshape(-1, width), attend).view(rows, length, width)
+        return self._stack.forward(x.reshape(-1, width), between).view(rows, length, width)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._stack.linear(hidden, self._head)

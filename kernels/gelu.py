@@ -23,13 +23,9 @@ def gelu_into(source: Tensor, out: Tensor) -> None:
 
 
 @jit
-def gelu_part(source: tl.tensor, out: tl.tensor, part: tl.tensor, width: tl.tensor, TILE: tl.constexpr) -> None:
-    """The `part`-th TILE numbers of a row of `width`."""
-    place = part * TILE + tl.arange(0, TILE)
-    inside = place < width
-    y = tl.load(source + place, mask=inside, other=0).to(tl.float32)
-    result = 0.5 * y * (1.0 + tl.erf(y * INVERSE_SQRT_2))
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
+def gelu_of(y: tl.tensor) -> tl.tensor:
+    """gelu(y), fp32."""
+    return 0.5 * y * (1.0 + tl.erf(y * INVERSE_SQRT_2))
 
 
 @jit
@@ -43,7 +39,10 @@ def _gelu_tile(
 ) -> None:
     """TILE numbers of one row."""
     row = tl.program_id(0).to(tl.int64)
-    gelu_part(source + row * source_stride, out + row * out_stride, tl.program_id(1), width, TILE)
+    place = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = place < width
+    result = gelu_of(tl.load(source + row * source_stride + place, mask=inside, other=0).to(tl.float32))
+    tl.store(out + row * out_stride + place, result.to(out.dtype.element_ty), mask=inside)
 
 
 def triton_gelu_into(source: Tensor, out: Tensor) -> None:

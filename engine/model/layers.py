@@ -5,8 +5,11 @@ same x, so their weights and biases are folded into the products behind them, wh
 branches' last products is a product of what they multiply, side by side:
 
     n            = (x - mean(x)) / sqrt(var(x) + eps)
-    [qkv | up]   = n @ [diag(w1) Wqkv | diag(w2) Wup] + [bqkv + b1 Wqkv | bup + b2 Wup]
+    [qkv | up]   = n @ C [diag(w1) Wqkv | diag(w2) Wup] + [bqkv + b1 Wqkv | bup + b2 Wup]
     x'           = x + [attention(qkv) | gelu(up)] @ [Wout ; Wdown] + bout + bdown
+
+C takes each column's mean from it. n, whose mean is zero, does not notice; x @ C W is (x - mean(x)) @ W, on which
+`engine.model.few_positions` builds.
 
 The stack knows nothing of where keys and values live: what lies between the products is the decoder's own.
 Letters in shapes: N positions, H width, F inner width of the FFN.
@@ -62,7 +65,7 @@ class Layer:
     """The two products of a layer, in place of the checkpoint's norms and four products."""
 
     into: Linear
-    """From the normalised x [N, H] to [qkv | up] [N, 3 * H + F]."""
+    """From the normalised x [N, H] to [qkv | up] [N, 3 * H + F]; the weight's columns sum to zero."""
     out_of: Linear
     """From [attention | gelu(up)] [N, H + F] to what is added to x [N, H]."""
 
@@ -75,7 +78,8 @@ class Layer:
 
         def behind(norm: str, linear: str) -> tuple[Tensor, Tensor]:
             weight, bias = tensor(f"{linear}.weight"), tensor(f"{linear}.bias")
-            return weight * tensor(f"{norm}.weight"), torch.addmv(bias, weight, tensor(f"{norm}.bias"))
+            scaled = weight * tensor(f"{norm}.weight")
+            return scaled - scaled.mean(1, keepdim=True), torch.addmv(bias, weight, tensor(f"{norm}.bias"))
 
         dtype = tensors[f"{name}.attention.dense.weight"].dtype
         weights, biases = zip(

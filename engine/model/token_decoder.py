@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import BlockTransformerConfig
+from engine.model.few_positions import FewPositions
 from engine.model.layers import LayerStack, Linear
 from engine.model.writer import Choose, Scratch
 from kernels.dispatch import Kernels
+from kernels.late_norm import LateNorm
 from kernels.rotary import rotary_table
 
 
@@ -21,6 +23,7 @@ class TokenDecoder:
         self._config = config
         self._kernels = kernels
         self._stack = LayerStack(decoder, tensors, "token_decoder.gpt_neox", kernels)
+        self._few_positions = FewPositions(self._stack)
         self._table = tensors["token_decoder.gpt_neox.embed_in.weight"]
         self._expansion = Linear.of(tensors, "token_decoder.expansion_layer")
         self._head = Linear.of(tensors, "token_decoder.embed_out")
@@ -67,12 +70,13 @@ class TokenDecoder:
         return tokens
 
     def _positions(self, x: Tensor, first_position: int, scratch: Scratch) -> Tensor:
-        """Run positions first_position.. of every row: x [R, S, h] -> [R, S, h] behind the final norm."""
+        """Run positions first_position.. of every row: x [R, S, h], overwritten, -> [R, S, h] behind the final norm."""
         rows, length, width = x.shape
 
-        def between(layer: int, into: Tensor, inner: Tensor) -> None:
+        def between(layer: int, into: Tensor, inner: Tensor, norm: LateNorm | None = None) -> None:
             self._kernels.local_attention_and_gelu(
                 into.view(rows, length, -1),
+                norm,
                 first_position,
                 self._rotary,
                 scratch.keys[layer],
@@ -81,7 +85,9 @@ class TokenDecoder:
                 inner.view(rows, length, -1),
             )
 
-        return self._stack.forward(x.reshape(-1, width), between).view(rows, length, width)
+        x = x.reshape(-1, width)
+        stack = self._few_positions if self._few_positions.suit(x) else self._stack
+        return stack.forward(x, between).view(rows, length, width)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._stack.linear(hidden, self._head)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from kernels.dispatch import Kernels
+from kernels.dispatch import Kernels, torch_kernels
 from kernels.jit import interpreted
+from kernels.late_norm import LateNorm, normalise_late
 from kernels.rotary import rotary_table
-from tests.kernels.reference import DTYPES, apart, assert_exact_as_torch, attention, is_whole_around, random
+from tests.kernels.reference import ATOL, DTYPES, apart, assert_exact_as_torch, attention, is_whole_around, random
 from tests.kernels.test_gelu import formula as gelu
 from tests.kernels.test_rotary import BASE, SHAPES, rotated
 
@@ -49,7 +50,7 @@ def test_causal(
     scale = head_size**-0.5
     inner = apart(torch.empty(rows * length, width + up.shape[1], dtype=dtype))
     views = [buffer.view(rows, length, -1) for buffer in (into, inner)]
-    kernels.local_attention_and_gelu(views[0], first, table, scratch[0], scratch[1], scale, views[1])
+    kernels.local_attention_and_gelu(views[0], None, first, table, scratch[0], scratch[1], scale, views[1])
     assert is_whole_around(inner)
     assert is_whole_around(into)
     assert torch.equal(into[:, 3 * width :], up)
@@ -67,3 +68,38 @@ def test_causal(
     for cache, old in zip(scratch, before, strict=True):
         cache[:rows, :, first : first + length] = torch.nan
         assert torch.equal(cache.nan_to_num(9.0), old.nan_to_num(9.0)), "other places are not to be touched"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "head_size", "dims"), SHAPES)
+@pytest.mark.parametrize(("rows", "length", "first"), [(1, 1, 3), (3, 1, 1), (3, 2, 0), (1, 3, 2)])
+def test_late_norm(
+    kernels: Kernels, dtype: torch.dtype, heads: int, head_size: int, dims: int, rows: int, length: int, first: int
+) -> None:
+    """As of a product that was normalised in front."""
+    entries, width, inner_width = rows * length, heads * head_size, 37
+    columns = 3 * width + inner_width
+    # Rows whose norms differ by more than any tolerance.
+    x = random(entries, 24, dtype=dtype) * torch.arange(1, entries + 1)[:, None].to(dtype)
+    # Small numbers: Triton's interpreter cuts fp32 down to bf16 where a device rounds.
+    bias, product = (random(n, columns, dtype=dtype, seed=n, scale=0.3) for n in (1, entries))
+    norm = LateNorm(x, random(24, seed=1), random(columns, seed=2, scale=0.3), bias[0], 1e-3)
+    table, scale = rotary_table(6, dims, BASE, torch.device("cpu")), head_size**-0.5
+    filled = [random(rows, heads, 6, head_size, dtype=dtype, seed=seed) for seed in (5, 6)]
+
+    def run(into: torch.Tensor, late: LateNorm | None, of: Kernels) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        into, inner = apart(into), apart(torch.empty(entries, width + inner_width, dtype=into.dtype))
+        caches = [cache.to(into.dtype) for cache in filled]
+        views = [buffer.view(rows, length, -1) for buffer in (into, inner)]
+        of.local_attention_and_gelu(views[0], late, first, table, caches[0], caches[1], scale, views[1])
+        assert is_whole_around(inner)
+        assert is_whole_around(into)
+        return inner, caches
+
+    exact_norm = LateNorm(x.float(), norm.missing, norm.missing_product, norm.bias.float(), norm.eps)
+    exact = run(normalise_late(product.float(), exact_norm), None, torch_kernels())
+    plain = run(normalise_late(product, norm), None, torch_kernels())
+    inner, caches = run(product, norm, kernels)
+    for ours, rounded, true in zip((inner, *caches), (plain[0], *plain[1]), (exact[0], *exact[1]), strict=True):
+        allowed = 2 * float((rounded.float() - true).abs().max()) + ATOL[dtype] * (1 + float(true.abs().max()))
+        assert float((ours.float() - true).abs().max()) <= allowed

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.adjust import AdjustmentTables
 from kernels.dispatch import Kernels
+from kernels.late_norm import LateNorm
 from kernels.rotary import rotary_table
 from kernels.sampler import SamplingTables
 
@@ -38,6 +39,7 @@ def cases(kernels: Kernels, only: str) -> Iterator[Case]:
         _rotary_cases,
         _row_cases,
         _product_cases,
+        _late_product_cases,
         _sampler_cases,
         _adjusted_cases,
     ):
@@ -115,27 +117,41 @@ def _prefill_cases(kernels: Kernels, only: str) -> Iterator[Case]:
 
 
 def _local_cases(kernels: Kernels, only: str) -> Iterator[Case]:
-    op = "rotary_local_attention"
-    for rows, heads, head_size, length, first in (
-        (1024, 16, 128, 2, 0),
-        (1024, 16, 128, 1, 2),
-        (1024, 16, 128, 1, 4),
-        (2048, 16, 64, 1, 4),
-        (4096, 12, 64, 1, 4),
+    op = "local_attention_and_gelu"
+    for rows, heads, head_size, length, first, late in (
+        (1024, 16, 128, 2, 0, False),
+        (1024, 16, 128, 1, 2, False),
+        (1024, 16, 128, 1, 4, False),
+        (2048, 16, 64, 1, 4, False),
+        (4096, 12, 64, 1, 4, False),
+        (1, 16, 128, 2, 0, False),
+        (1, 16, 128, 2, 0, True),
+        (1, 16, 128, 1, 4, False),
+        (1, 16, 128, 1, 4, True),
+        (16, 16, 128, 1, 4, False),
+        (16, 16, 128, 1, 4, True),
     ):
         if only not in op:
             continue
         keys, values = (_random(rows, heads, 5, head_size) for _ in range(2))
         width = heads * head_size
         into, inner = _layer_buffers(rows * length, width)
-        qkv, out = into[:, : 3 * width].view(rows, length, -1), inner[:, :width].view(rows, length, heads, head_size)
         table = rotary_table(5, head_size // 4, 10000.0, CUDA)
+        into, inner = into.view(rows, length, -1), inner.view(rows, length, -1)
+        norm = _late_norm(rows * length, width) if late else None
+        arguments = into, norm, first, table, keys, values, head_size**-0.5, inner
         yield Case(
             op,
-            f"{rows} rows, {length} behind {first}, {heads} heads of {head_size}",
-            partial(kernels.rotary_local_attention, qkv, first, table, keys, values, head_size**-0.5, out),
-            bytes=rows * heads * head_size * (6 * length + 2 * first) * DTYPE.itemsize,
+            f"{rows} rows, {length} behind {first}, {heads} heads of {head_size}{', late norm' if late else ''}",
+            partial(kernels.local_attention_and_gelu, *arguments),
+            bytes=rows * width * (14 * length + 2 * first) * DTYPE.itemsize,
         )
+
+
+def _late_norm(positions: int, width: int) -> LateNorm:
+    return LateNorm(
+        _random(positions, width), _random(width).float(), _random(7 * width).float(), _random(7 * width), eps=1e-5
+    )
 
 
 def _rotary_cases(kernels: Kernels, only: str) -> Iterator[Case]:
@@ -190,15 +206,28 @@ def _product_cases(kernels: Kernels, only: str) -> Iterator[Case]:
     """The two products of a layer beside the four that they are made of; of one request, the head, too."""
     if only not in "linear":
         return
-    for rows, width in ((1, 2048), (4, 2048), (1024, 2048), (2048, 1024), (4096, 768), (16384, 2048)):
+    few = ((rows, 2048) for rows in (1, 2, 4, 16))
+    for rows, width in (*few, (1024, 2048), (2048, 1024), (4096, 768), (16384, 2048)):
         merged = (width, 7 * width), (5 * width, width)
         parts = (width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)
-        head = ((width, VOCAB_SIZE),) if rows <= 4 else ()
+        head = ((width, VOCAB_SIZE),) if rows <= 16 else ()
         for inner, columns in (*merged, *parts, *head):
             x, weight, bias = _random(rows, inner), _random(inner, columns), _random(columns)
             # The products of few rows read their weights and do little else.
-            least = {"bytes": float(weight.nbytes)} if rows <= 4 else {"flops": 2.0 * rows * inner * columns}
+            least = {"bytes": float(weight.nbytes)} if rows <= 16 else {"flops": 2.0 * rows * inner * columns}
             yield Case("linear", f"{rows} x {inner} -> {columns}", partial(kernels.linear, x, weight, bias), **least)
+
+
+def _late_product_cases(kernels: Kernels, only: str) -> Iterator[Case]:
+    """The two products of a layer of few positions, whose norm comes behind the first."""
+    if only not in "linear add_linear":
+        return
+    for rows, width in ((1, 2048), (2, 2048), (4, 2048), (16, 2048)):
+        x, inner = _random(rows, width), _random(rows, 5 * width)
+        into, out_of = _random(width, 7 * width), _random(5 * width, width)
+        shapes = f"{rows} x {width} -> {7 * width}, no bias", f"{rows} x {5 * width} -> {width}"
+        yield Case("linear", shapes[0], partial(kernels.linear, x, into, None), bytes=into.nbytes)
+        yield Case("add_linear", shapes[1], partial(kernels.add_linear, x, inner, out_of), bytes=out_of.nbytes)
 
 
 def _sampler_cases(kernels: Kernels, only: str) -> Iterator[Case]:

@@ -78,13 +78,14 @@ SWEEPS = (
         ),
     ),
     Sweep(
-        "rotary_local_attention",
+        "local_attention_and_gelu",
         local_attention,
-        tuple(
-            _grid(
+        (
+            *_grid(
                 ("TILE_NUMBERS", "NUM_WARPS"),
                 ((512, 2), (512, 4), (1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8)),
-            )
+            ),
+            *_grid(("GELU_NUMBERS",), ((512,), (2048,), (4096,))),
         ),
     ),
     Sweep("gelu_into", gelu, tuple(_grid(("TILE_NUMBERS", "NUM_WARPS"), ((512, 2), (1024, 4), (2048, 4), (2048, 8))))),

@@ -29,7 +29,7 @@ SPARE_STEPS = 8
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("decode attention", ("_attend_split", "_combine_splits")),
     ("prefill attention", ("_attend_tile",)),
-    ("local attention", ("_attend_pairs", "scaled_dot_product", "softmax")),
+    ("local attention", ("_attend_and_gelu", "scaled_dot_product", "softmax")),
     ("sampler", ("sample_groups", "sample_row", "sample_vocabulary", "argmax", "topk", "aten::max")),
     ("norms", ("_norm_row", "layer_norm")),
     ("rotary and cache writes", ("_write_paged", "index_put")),

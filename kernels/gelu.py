@@ -23,6 +23,12 @@ def gelu_into(source: Tensor, out: Tensor) -> None:
 
 
 @jit
+def gelu_of(y: tl.tensor) -> tl.tensor:
+    """gelu(y), fp32."""
+    return 0.5 * y * (1.0 + tl.erf(y * INVERSE_SQRT_2))
+
+
+@jit
 def _gelu_tile(
     source: tl.tensor,
     out: tl.tensor,
@@ -35,8 +41,7 @@ def _gelu_tile(
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = place < width
-    y = tl.load(source + row * source_stride + place, mask=inside, other=0).to(tl.float32)
-    result = 0.5 * y * (1.0 + tl.erf(y * INVERSE_SQRT_2))
+    result = gelu_of(tl.load(source + row * source_stride + place, mask=inside, other=0).to(tl.float32))
     tl.store(out + row * out_stride + place, result.to(out.dtype.element_ty), mask=inside)
 
 

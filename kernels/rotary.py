@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.jit import cdiv, jit, power_of_2, tl
+from kernels.late_norm import load_normalised
 
 
 def rotary_table(max_positions: int, rotary_dims: int, base: float, device: torch.device) -> Tensor:
@@ -72,18 +73,30 @@ def _rotate(qkv: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @jit
 def load_rotated(
-    source: tl.tensor, angles: tl.tensor, dims: tl.tensor, inside: tl.tensor, ROTARY: tl.constexpr
+    qkv: tl.tensor,
+    first: tl.tensor,
+    factor: tl.tensor,
+    missing_product: tl.tensor,
+    bias: tl.tensor,
+    angles: tl.tensor,
+    dims: tl.tensor,
+    inside: tl.tensor,
+    ROTARY: tl.constexpr,
+    LATE: tl.constexpr,
 ) -> tl.tensor:
-    """Rotated heads [TILE_H, D]: `source` points at their first numbers [TILE_H], `angles` at the position's row."""
+    """Rotated heads [TILE_H, D] in fp32, whose entries `qkv` points at and whose columns begin at `first` [TILE_H, 1].
+
+    `angles` points at the position's row. factor, missing_product, bias: for `load_normalised`, with LATE.
+    """
     half: tl.constexpr = ROTARY // 2
     turned = dims < ROTARY
     cos = tl.load(angles + dims % half, mask=turned, other=1.0)
     sin = tl.load(angles + half + dims % half, mask=turned, other=0.0)
-    first = dims < half
-    x = tl.load(source[:, None] + dims[None, :], mask=inside, other=0).to(tl.float32)
-    partner = tl.where(first, dims + half, dims - half)
-    y = tl.load(source[:, None] + partner[None, :], mask=inside & turned[None, :], other=0).to(tl.float32)
-    return x * cos[None, :] + y * tl.where(first, -sin, sin)[None, :]
+    lower = dims < half
+    x = load_normalised(qkv, first + dims[None, :], factor, missing_product, bias, inside, LATE)
+    partner = first + tl.where(lower, dims + half, dims - half)[None, :]
+    y = load_normalised(qkv, partner, factor, missing_product, bias, inside & turned[None, :], LATE)
+    return x * cos[None, :] + y * tl.where(lower, -sin, sin)[None, :]
 
 
 @jit
@@ -105,14 +118,15 @@ def _store_heads(
     head = tl.program_id(1) * TILE_H + tl.arange(0, TILE_H)
     dims = tl.arange(0, HEAD_SIZE)
     inside = (head < heads)[:, None] & (dims < HEAD_SIZE)[None, :]
-    source = qkv + entry * qkv_stride + head * 3 * HEAD_SIZE
+    source, first = qkv + entry * qkv_stride, head[:, None] * 3 * HEAD_SIZE
     to_query = (entry * heads + head)[:, None] * HEAD_SIZE + dims[None, :]
     to_cache = (head * cache_heads)[:, None] * HEAD_SIZE + dims[None, :]
-    rotated = load_rotated(source, angles, dims, inside, ROTARY)
+    rotated = load_rotated(source, first, None, None, None, angles, dims, inside, ROTARY, False)
     tl.store(query + to_query, rotated.to(query.dtype.element_ty), mask=inside)
-    rotated = load_rotated(source + HEAD_SIZE, angles, dims, inside, ROTARY)
+    first += HEAD_SIZE
+    rotated = load_rotated(source, first, None, None, None, angles, dims, inside, ROTARY, False)
     tl.store(keys + to_cache, rotated.to(keys.dtype.element_ty), mask=inside)
-    value = tl.load(source[:, None] + 2 * HEAD_SIZE + dims[None, :], mask=inside)
+    value = tl.load(source + first + HEAD_SIZE + dims[None, :], mask=inside)
     tl.store(values + to_cache, value, mask=inside)
 
 

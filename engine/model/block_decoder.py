@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.model.layers import Attend, LayerStack
+from engine.model.layers import Between, LayerStack
 from kernels.dispatch import Kernels
 from kernels.rotary import rotary_table
 
@@ -84,20 +84,20 @@ class BlockDecoder:
                 out.view(query.shape),
             )
 
-        return self._stack.forward(x, attend)
+        return self._stack.forward(x, self._stack.gelu_behind(attend))
 
     def prefill(self, x: Tensor, batch: PrefillBatch, keys: Tensor, values: Tensor) -> None:
         """Store keys and values for the block embeddings x [N, H] of prompt chunks."""
-        write, attend = self._chunk_operations(batch, keys, values)
-        self._stack.project_only(x, attend, write)
+        write, between = self._chunk_operations(batch, keys, values)
+        self._stack.project_only(x, between, write)
 
     def contexts(self, x: Tensor, batch: PrefillBatch, keys: Tensor, values: Tensor) -> Tensor:
         """As `prefill`, with context embeddings [N, H] of all positions."""
-        _write, attend = self._chunk_operations(batch, keys, values)
-        return self._stack.forward(x, attend)
+        _write, between = self._chunk_operations(batch, keys, values)
+        return self._stack.forward(x, between)
 
-    def _chunk_operations(self, batch: PrefillBatch, keys: Tensor, values: Tensor) -> tuple[Project, Attend]:
-        """Of chunks: storing keys and values, which returns the query, and attention with it."""
+    def _chunk_operations(self, batch: PrefillBatch, keys: Tensor, values: Tensor) -> tuple[Project, Between]:
+        """Of chunks: storing keys and values, which returns the query; and all that lies between two products."""
 
         def write(layer: int, qkv: Tensor) -> Tensor:
             return self._kernels.rotary_paged_write(
@@ -118,4 +118,4 @@ class BlockDecoder:
                 out.view(query.shape),
             )
 
-        return write, attend
+        return write, self._stack.gelu_behind(attend)

@@ -5,10 +5,13 @@ same x, so their weights and biases are folded into the products behind them, wh
 branches' last products is a product of what they multiply, side by side:
 
     n            = (x - mean(x)) / sqrt(var(x) + eps)
-    [qkv | up]   = n @ [diag(w1) Wqkv | diag(w2) Wup] + [bqkv + b1 Wqkv | bup + b2 Wup]
+    [qkv | up]   = n @ C [diag(w1) Wqkv | diag(w2) Wup] + [bqkv + b1 Wqkv | bup + b2 Wup]
     x'           = x + [attention(qkv) | gelu(up)] @ [Wout ; Wdown] + bout + bdown
 
-The stack knows nothing of where keys and values live: it hands each layer's qkv to the decoder's own attention.
+C takes each column's mean from it. n, whose mean is zero, does not notice; x @ C W is (x - mean(x)) @ W, on which
+`engine.model.few_positions` builds.
+
+The stack knows nothing of where keys and values live: what lies between the products is the decoder's own.
 Letters in shapes: N positions, H width, F inner width of the FFN.
 """
 
@@ -21,11 +24,13 @@ from torch import Tensor
 from engine.config import DecoderConfig
 from kernels.dispatch import Kernels
 
-Attend = Callable[[int, Tensor, Tensor], None]
-"""(layer, queries, keys and values [N, 3 * H], out [N, H]): writes attention's output, in front of its last product.
+Between = Callable[[int, Tensor, Tensor], None]
+"""(layer, [qkv | up] [N, 3 * H + F], out [N, H + F]): writes [attention(qkv) | gelu(up)], or without up the former.
 
-Both are parts of wider buffers; the first is laid out [query | key | value] a head and may be overwritten.
+qkv is laid out [query | key | value] a head. The first buffer may be overwritten.
 """
+Attend = Callable[[int, Tensor, Tensor], None]
+"""(layer, qkv [N, 3 * H], out [N, H]): writes attention(qkv) alone. Both are parts of wider buffers."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Layer:
     """The two products of a layer, in place of the checkpoint's norms and four products."""
 
     into: Linear
-    """From the normalised x [N, H] to [qkv | up] [N, 3 * H + F]."""
+    """From the normalised x [N, H] to [qkv | up] [N, 3 * H + F]; the weight's columns sum to zero."""
     out_of: Linear
     """From [attention | gelu(up)] [N, H + F] to what is added to x [N, H]."""
 
@@ -73,7 +78,8 @@ class Layer:
 
         def behind(norm: str, linear: str) -> tuple[Tensor, Tensor]:
             weight, bias = tensor(f"{linear}.weight"), tensor(f"{linear}.bias")
-            return weight * tensor(f"{norm}.weight"), torch.addmv(bias, weight, tensor(f"{norm}.bias"))
+            scaled = weight * tensor(f"{norm}.weight")
+            return scaled - scaled.mean(1, keepdim=True), torch.addmv(bias, weight, tensor(f"{norm}.bias"))
 
         dtype = dtype or tensors[f"{name}.attention.dense.weight"].dtype
         weights, biases = zip(
@@ -103,17 +109,28 @@ class LayerStack:
         """Apply a linear map to x [N, in]; returns [N, out]."""
         return self.kernels.linear(x, linear.weight, linear.bias)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+    def gelu_behind(self, attend: Attend) -> Between:
+        """For attention that does not take up's GELU along: a launch of its own."""
+        width = self.config.hidden_size
+
+        def between(layer: int, into: Tensor, inner: Tensor) -> None:
+            attend(layer, into[:, : 3 * width], inner[:, :width])
+            if inner.shape[1] > width:
+                self.kernels.gelu_into(into[:, 3 * width :], inner[:, width:])
+
+        return between
+
+    def forward(self, x: Tensor, between: Between) -> Tensor:
         """All layers and the final norm: x [N, H] -> [N, H].
 
         In place of embeddings of tokens x may be their entries [N, 4 * H] of `engine.model.token_table`, overwritten.
         """
-        x, branch, first = self._begin(x, attend)
-        x, branch = self._run(x, branch, attend, self.layers[first:], first)
+        x, branch, first = self.begin(x, between)
+        x, branch = self._run(x, branch, between, self.layers[first:], first)
         norm = self.final_norm
         return self.kernels.residual_layer_norm(x, branch, norm.weight, norm.bias, self.config.layer_norm_eps)
 
-    def project_only(self, x: Tensor, attend: Attend, project: Callable[[int, Tensor], object]) -> None:
+    def project_only(self, x: Tensor, between: Between, project: Callable[[int, Tensor], object]) -> None:
         """As much of `forward` as keys and values need: of the last layer its qkv [N, 3 * H], which `project` gets.
 
         x as `forward` has it. The last layer's attention and FFN, and the final norm, would only make an output that
@@ -123,15 +140,15 @@ class LayerStack:
         if last == 0 and x.shape[1] > end:
             project(0, x[:, :end])
             return
-        x, branch, first = self._begin(x, attend)
-        x, branch = self._run(x, branch, attend, self.layers[first:last], first)
+        x, branch, first = self.begin(x, between)
+        x, branch = self._run(x, branch, between, self.layers[first:last], first)
         _, normed = self.kernels.residual_normalise(x, branch, self.config.layer_norm_eps)
         into = self.layers[last].into
         assert into.bias is not None
         project(last, self.linear(normed, Linear(into.weight[:, :end], into.bias[:end])))
 
-    def _begin(self, x: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None, int]:
-        """What `_run` is to begin with, and at which layer.
+    def begin(self, x: Tensor, between: Between) -> tuple[Tensor, Tensor | None, int]:
+        """The residual stream, what is to be added to it, and the layer that gets both, for an x as `forward` has it.
 
         Of entries, the first layer is attention and its product: x' = the entry's x + attention @ Wout.
         """
@@ -140,22 +157,20 @@ class LayerStack:
             return x, None, 0
         qkv, x = x.tensor_split((3 * width,), dim=1)
         attended = x.new_empty(len(x), width)
-        attend(0, qkv, attended)
+        between(0, qkv, attended)
         return x, self.linear(attended, Linear(self.layers[0].out_of.weight[:width], None)), 1
 
     def _run(
-        self, x: Tensor, branch: Tensor | None, attend: Attend, layers: Sequence[Layer], first: int
+        self, x: Tensor, branch: Tensor | None, between: Between, layers: Sequence[Layer], first: int
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream behind `layers`, and what the last one has yet to add to it.
 
         Given both as they are in front of them; the first of `layers` is the stack's layer `first`.
         """
-        width = self.config.hidden_size
         for index, layer in enumerate(layers, first):
             x, normed = self.kernels.residual_normalise(x, branch, self.config.layer_norm_eps)
-            qkv, up = self.linear(normed, layer.into).tensor_split((3 * width,), dim=1)
+            into = self.linear(normed, layer.into)
             inner = x.new_empty(len(x), layer.out_of.weight.shape[0])
-            attend(index, qkv, inner[:, :width])
-            self.kernels.gelu_into(up, inner[:, width:])
+            between(index, into, inner)
             branch = self.linear(inner, layer.out_of)
         return x, branch

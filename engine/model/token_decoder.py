@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import BlockTransformerConfig
-from engine.model.layers import Attend, LayerStack, Linear
+from engine.model.few_positions import FewPositions
+from engine.model.layers import LayerStack, Linear
 from engine.model.token_table import first_layer_table
 from engine.model.writer import Choose, Scratch
 from kernels.dispatch import Kernels
+from kernels.late_norm import LateNorm
 from kernels.rotary import rotary_table
 
 
@@ -22,6 +24,7 @@ class TokenDecoder:
         self._config = config
         self._kernels = kernels
         self._stack = LayerStack(decoder, tensors, "token_decoder.gpt_neox", kernels)
+        self._few_positions = FewPositions(self._stack)
         self._table = tensors["token_decoder.gpt_neox.embed_in.weight"]
         """By token: its embedding [h] or, if that alone enters the first layer, its entry of a `token_table`."""
         if decoder.strategy == "prefix" and config.block_length > 1:
@@ -52,13 +55,12 @@ class TokenDecoder:
 
     def _write_behind_prefix(self, expanded: Tensor, scratch: Scratch, choose: Choose) -> list[Tensor]:
         """The expanded context [R, prefix, h] goes in front of the tokens; its last position predicts the first."""
-        prefix_length, width = expanded.shape[1:]
-        attend = self._attend(prefix_length, 0, scratch)
-        hidden = self._stack.forward(expanded.reshape(-1, width), attend).view(expanded.shape)[:, -1]
-        tokens = [choose(self._logits(hidden), 0)]
+        rows, prefix_length, width = expanded.shape
+        hidden = self._positions(expanded.reshape(-1, width), prefix_length, 0, scratch)
+        tokens = [choose(self._logits(hidden.view(rows, prefix_length, width)[:, -1]), 0)]
         for place in range(1, self._config.block_length):
             entries = F.embedding(tokens[-1], self._table)
-            hidden = self._stack.forward(entries, self._attend(1, prefix_length + place - 1, scratch))
+            hidden = self._positions(entries, 1, prefix_length + place - 1, scratch)
             tokens.append(choose(self._logits(hidden), place))
         return tokens
 
@@ -67,26 +69,31 @@ class TokenDecoder:
         tokens: list[Tensor] = []
         for place in range(self._config.block_length):
             before = F.embedding(tokens[-1], self._table) if tokens else self._table[self._config.eos_token_id]
-            hidden = self._stack.forward(expanded[:, place] + before, self._attend(1, place, scratch))
+            hidden = self._positions(expanded[:, place] + before, 1, place, scratch)
             tokens.append(choose(self._logits(hidden), place))
         return tokens
 
-    def _attend(self, length: int, first_position: int, scratch: Scratch) -> Attend:
-        """Attention of each row's positions first_position.., `length` of them, over the scratch cache."""
+    def _positions(self, x: Tensor, length: int, first_position: int, scratch: Scratch) -> Tensor:
+        """Run each row's positions first_position.., `length` of them, S: what is behind the final norm [R * S, h].
 
-        def attend(layer: int, qkv: Tensor, out: Tensor) -> None:
-            rows = len(qkv) // length
-            self._kernels.rotary_local_attention(
-                qkv.view(rows, length, -1),
+        x: [R * S, h], or entries of the table; overwritten.
+        """
+
+        def between(layer: int, into: Tensor, inner: Tensor, norm: LateNorm | None = None) -> None:
+            rows = len(into) // length
+            self._kernels.local_attention_and_gelu(
+                into.view(rows, length, -1),
+                norm,
                 first_position,
                 self._rotary,
                 scratch.keys[layer],
                 scratch.values[layer],
                 self._scale,
-                out.view(rows, length, self._config.token_decoder.num_heads, -1),
+                inner.view(rows, length, -1),
             )
 
-        return attend
+        stack = self._few_positions if self._few_positions.suit(x) else self._stack
+        return stack.forward(x, between)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._stack.linear(hidden, self._head)

@@ -156,7 +156,7 @@ def test_kernels_are_told_apart() -> None:
         "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNT": "matrix products",
         "_attend_split": "decode attention",
         "_attend_tile": "prefill attention",
-        "_attend_pairs": "local attention",
+        "_attend_and_gelu": "local attention",
         "sample_groups": "sampler",
         "sample_row": "sampler",
         "sample_vocabulary": "sampler",

@@ -1,6 +1,6 @@
 """The served model (paged cache, scratch cache, kernels) computes what the reference computed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.model.build import build_model
 from engine.model.model import Model
-from kernels.dispatch import Implementation, select_kernels
+from kernels.dispatch import Kernels, torch_kernels, triton_kernels
 from tests.engine.model.paged import CPU, PagedRun
 from tests.golden.cases import (
     BLOCK_VARIANTS,
@@ -22,9 +22,16 @@ from tests.golden.cases import (
 )
 
 CUDA = torch.device("cuda")
-CASES: list[tuple[Implementation, torch.device]] = [("torch", CPU)]
+CASES: list[tuple[str, Kernels, torch.device]] = [
+    ("torch-cpu", torch_kernels(), CPU),
+    # As for few positions on a GPU.
+    ("late-norm-cpu", replace(torch_kernels(), late_norm_positions=1000), CPU),
+]
 if torch.cuda.is_available():
-    CASES += [("triton", CUDA)]
+    CASES += [
+        ("triton-cuda", triton_kernels(), CUDA),
+        ("norm-in-front-cuda", replace(triton_kernels(), late_norm_positions=0), CUDA),
+    ]
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,11 @@ def variant(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.fixture(params=CASES, ids=lambda case: case[0])
 def served(request: pytest.FixtureRequest, variant: str) -> Served:
-    implementation, device = request.param
+    _name, kernels, device = request.param
     tensors = {name: tensor.to(device) for name, tensor in weights(variant).items()}
-    return Served(build_model(config(variant), tensors, select_kernels(device, implementation)), device)
+    return Served(build_model(config(variant), tensors, kernels), device)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3, 7])

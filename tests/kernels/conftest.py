@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.adjust import AdjustmentTables
 from kernels.dispatch import Implementation, Kernels, select_kernels
+from kernels.late_norm import LateNorm
 from kernels.logprobs import Logprobs
 from kernels.sampler import SamplingTables
 
@@ -36,7 +37,11 @@ def called_from_cpu(kernels: Kernels, device: torch.device) -> Kernels:
     """Kernels that take and return tensors on the CPU, and change their arguments there as on the device."""
     if device.type == "cpu":
         return kernels
-    return Kernels(**{field.name: _Moved(getattr(kernels, field.name), device) for field in fields(kernels)})
+    moved: dict[str, Any] = {}
+    for field in fields(kernels):
+        value = getattr(kernels, field.name)
+        moved[field.name] = _Moved(value, device) if callable(value) else value
+    return Kernels(**moved)
 
 
 class _Moved:
@@ -68,6 +73,6 @@ def _move(value: Any, device: torch.device) -> Any:
         # With its strides: `to` would close the gaps between rows.
         there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
         return there.copy_(value)
-    if isinstance(value, SamplingTables | AdjustmentTables):
-        return replace(value, **{name: table.to(device) for name, table in vars(value).items()})
+    if isinstance(value, SamplingTables | AdjustmentTables | LateNorm):
+        return replace(value, **{name: _move(part, device) for name, part in vars(value).items()})
     return value

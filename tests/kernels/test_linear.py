@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from kernels.linear import linear
+from kernels.linear import add_linear, linear
 from tests.kernels.reference import DTYPES, assert_exact_as_torch, random
 
 
@@ -21,6 +21,15 @@ def test_product(dtype: torch.dtype, rows: int, with_bias: bool) -> None:
     x, weight = random(rows, 37, dtype=dtype), random(37, 53, dtype=dtype, seed=1)
     bias = random(53, dtype=dtype, seed=2) if with_bias else None
     assert_exact_as_torch(linear(x, weight, bias), formula, x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_added_product(dtype: torch.dtype, rows: int) -> None:
+    before, x, weight = (random(*shape, dtype=dtype) for shape in ((rows, 53), (rows, 37), (37, 53)))
+    total = before.clone()
+    add_linear(total, x, weight)
+    assert_exact_as_torch(total, lambda before, x, weight: before + formula(x, weight, None), before, x, weight)
 
 
 def test_no_rows() -> None:

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -100,17 +101,19 @@ def test_any_token_at_any_place_predicts_as_the_naive_model(layers: int) -> None
     ids=["prefix", "summation", "one token"],
 )
 def test_tokens_skip_what_the_table_holds(config: ModelConfig, products: int, gelus: int) -> None:
-    plain, counted = torch_kernels(), {"products": 0, "gelus": 0}
+    assert isinstance(config, BlockTransformerConfig)
+    plain, counted, width = torch_kernels(), {"products": 0, "gelus": 0}, config.token_decoder.hidden_size
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         counted["products"] += 1
         return plain.linear(x, weight, bias)
 
-    def gelu_into(source: Tensor, out: Tensor) -> None:
-        counted["gelus"] += 1
-        plain.gelu_into(source, out)
+    def local_attention_and_gelu(into: Tensor, *arguments: Any) -> None:
+        counted["gelus"] += into.shape[2] > 3 * width
+        plain.local_attention_and_gelu(into, *arguments)
 
-    model = build_model(config, lively_weights(config), replace(plain, linear=linear, gelu_into=gelu_into))
+    kernels = replace(plain, linear=linear, local_attention_and_gelu=local_attention_and_gelu)
+    model = build_model(config, lively_weights(config), kernels)
     written = write(model)
     assert written.shape == (3, config.block_length)
     assert counted == {"products": products, "gelus": gelus}

@@ -30,18 +30,23 @@ class PrefillLayout:
         blocks = np.concatenate(
             [chunk.sequence.blocks[chunk.start : chunk.start + chunk.length] for chunk in chunks], dtype=np.int32
         )
-        ends = np.cumsum([chunk.length for chunk in chunks])
-        table = padding_table(-(-(len(chunks) + 1) // ALIGNMENT) * ALIGNMENT, padding_row, len(blocks))
-        table[0, : len(chunks)] = [chunk.sequence.bound_row for chunk in chunks]
-        table[1, : len(chunks)] = [chunk.start for chunk in chunks]
-        table[2, : len(chunks)] = [0, *ends[:-1]]
-        return cls(blocks, table)
+        rows = [chunk.sequence.bound_row for chunk in chunks]
+        starts, lengths = [chunk.start for chunk in chunks], [chunk.length for chunk in chunks]
+        return cls(blocks, chunk_table(rows, starts, lengths, padding_row))
 
     def widened(self, columns: int) -> Int32:
         """The table with padding up to so many columns, at least as many as it has."""
         wide = np.repeat(self.table[:, -1:], columns, axis=1)
         wide[:, : self.table.shape[1]] = self.table
         return wide
+
+
+def chunk_table(rows: Seq[int], starts: Seq[int], lengths: Seq[int], padding_row: int) -> Int32:
+    """The table of chunks of so many positions, at least one each: of these rows, from these positions on."""
+    chunks, ends = len(rows), np.cumsum(lengths)
+    table = padding_table(-(-(chunks + 1) // ALIGNMENT) * ALIGNMENT, padding_row, int(ends[-1]))
+    table[:, :chunks] = rows, starts, [0, *ends[:-1]]
+    return table
 
 
 def padding_table(columns: int, padding_row: int, entries: int = 0) -> Int32:

@@ -25,20 +25,27 @@ class PrefillStep:
 
         Entries of `blocks` behind the last chunk's are padding. They write to the null page, and nobody sees them.
         """
-        rows, firsts, offsets = table.unbind(0)
-        entries = torch.arange(len(blocks), dtype=torch.int32, device=blocks.device)
-        chunk = torch.searchsorted(offsets, entries, right=True) - 1
-        positions = firsts[chunk] + entries - offsets[chunk]
-        # The padding row has but null pages; position 0 is one that every model has.
-        positions.masked_fill_(entries >= offsets[-1], 0)
-        page_size = self._cache.layout.page_size
-        pages = self._tables.page_table[rows[chunk].long(), (positions // page_size).long()].long()
-        batch = PrefillBatch(
-            positions=positions,
-            slots=pages * page_size + positions % page_size,
-            page_table=self._tables.page_table,
-            chunk_rows=rows[:-1],
-            chunk_offsets=offsets,
-            chunk_positions=firsts[:-1],
-        )
+        batch = prefill_batch(len(blocks), table, self._tables.page_table, self._cache.layout.page_size)
         self._model.prefill(blocks, batch, self._cache.keys, self._cache.values)
+
+
+def prefill_batch(length: int, table: Tensor, page_table: Tensor, page_size: int) -> PrefillBatch:
+    """Where each of `length` entries belongs; `table` [3, C] int32 is that of a `PrefillLayout`, over `page_table`.
+
+    Entries behind the last chunk's are padding, in position 0 of the table's last row.
+    """
+    rows, firsts, offsets = table.unbind(0)
+    entries = torch.arange(length, dtype=torch.int32, device=table.device)
+    chunk = torch.searchsorted(offsets, entries, right=True) - 1
+    positions = firsts[chunk] + entries - offsets[chunk]
+    # The padding row has but null pages; position 0 is one that every model has.
+    positions.masked_fill_(entries >= offsets[-1], 0)
+    pages = page_table[rows[chunk].long(), (positions // page_size).long()].long()
+    return PrefillBatch(
+        positions=positions,
+        slots=pages * page_size + positions % page_size,
+        page_table=page_table,
+        chunk_rows=rows[:-1],
+        chunk_offsets=offsets,
+        chunk_positions=firsts[:-1],
+    )

@@ -25,7 +25,7 @@ from engine.prefill_layout import ALIGNMENT, PrefillLayout, padding_table
 from engine.prefill_step import PrefillStep
 from engine.row_table import Flags, Int32
 from engine.sequence import Sequence
-from engine.staging import Staging
+from engine.staging import Staging, on_the_way_here
 from engine.step_plan import BlockLogprobs, PrefillChunk, StepPlan
 
 log = logging.getLogger(__name__)
@@ -64,10 +64,7 @@ class StepInFlight:
         tensors = [written.tokens, written.finite, *(written.logprobs or ())]
         if written.tokens.device.type == "cuda":
             # Into memory of this step's own: a graph's outputs are overwritten by the next run.
-            tensors = [
-                torch.empty(one.shape, dtype=one.dtype, pin_memory=True).copy_(one, non_blocking=True)
-                for one in tensors
-            ]
+            tensors = on_the_way_here(tensors)
             self._arrived = self._arrived or torch.cuda.Event()
             self._arrived.record()
         self._parts.append((places, tensors))

@@ -21,9 +21,11 @@ from engine.model.block_decoder import PrefillBatch
 from engine.model.model import Model
 from engine.model.writer import Scratch
 from engine.out_of_memory import attempt
+from engine.prefill_layout import chunk_table
+from engine.prefill_step import prefill_batch
 from engine.scheduler import NON_FINITE_ERROR, OUT_OF_MEMORY_ERROR
 from engine.score_layout import ScoreLayout
-from engine.staging import Staging
+from engine.staging import Staging, on_the_way_here
 from engine.step_plan import BlockLogprobs
 from engine.types import Delta, ScoreRequest
 from kernels.dispatch import Kernels
@@ -208,9 +210,7 @@ class Scorer:
         tensors = [told.chosen, told.ids[..., : max(top)], told.values[..., : max(top)]]
         if self._device.type != "cuda":
             return _Launched(pieces, tensors, None)
-        here = [
-            torch.empty(one.shape, dtype=one.dtype, pin_memory=True).copy_(one, non_blocking=True) for one in tensors
-        ]
+        here = on_the_way_here(tensors)
         arrived = torch.cuda.Event()
         arrived.record()
         return _Launched(pieces, here, arrived)
@@ -232,22 +232,15 @@ class Scorer:
         return Logprobs(*(torch.cat(one) for one in zip(*parts, strict=True)))
 
     def _prefill_batch(self, pieces: list[_Piece]) -> PrefillBatch:
-        page_size, upload = self._layout.page_size, self._staging.upload
-        table = np.zeros((len(pieces), self._pages), np.int32)
-        positions = [np.arange(piece.start, piece.end) for piece in pieces]
-        for row, piece in zip(table, pieces, strict=True):
-            pages = self._pages_for(piece.end)
-            row[:pages] = np.arange(piece.text.first_page, piece.text.first_page + pages)
-        # A text's pages lie side by side, and so do its positions.
-        slots = [where + piece.text.first_page * page_size for where, piece in zip(positions, pieces, strict=True)]
-        return PrefillBatch(
-            positions=upload(np.concatenate(positions), np.int32),
-            slots=upload(np.concatenate(slots), np.int64),
-            page_table=upload(table, np.int32),
-            chunk_rows=upload(range(len(pieces)), np.int32),
-            chunk_offsets=upload(np.cumsum([0, *map(len, positions)]), np.int32),
-            chunk_positions=upload([piece.start for piece in pieces], np.int32),
-        )
+        pages = np.zeros((len(pieces), self._pages), np.int32)
+        for row, piece in zip(pages, pieces, strict=True):
+            used = self._pages_for(piece.end)
+            row[:used] = np.arange(piece.text.first_page, piece.text.first_page + used)
+        starts, lengths = [piece.start for piece in pieces], [piece.end - piece.start for piece in pieces]
+        # There is no padding, whose row would be this one.
+        table = chunk_table(range(len(pieces)), starts, lengths, padding_row=0)
+        upload = self._staging.upload
+        return prefill_batch(sum(lengths), upload(table, np.int32), upload(pages, np.int32), self._layout.page_size)
 
     def _pages_for(self, positions: int) -> int:
         return -(-positions // self._layout.page_size)

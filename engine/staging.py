@@ -1,6 +1,6 @@
 """From the host's numbers to tensors on the device, without waiting for the device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,3 +74,8 @@ class Staging:
         """The same in this step's pinned memory."""
         staged = self._slots[self._current].take(source.nbytes).view(source.dtype).view(source.shape)
         return staged.copy_(source)
+
+
+def on_the_way_here(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """CUDA tensors in pinned memory of their own, where they have arrived once what is queued now is done."""
+    return [torch.empty(one.shape, dtype=one.dtype, pin_memory=True).copy_(one, non_blocking=True) for one in tensors]

@@ -24,7 +24,7 @@ class TokenDecoder:
         self._config = config
         self._kernels = kernels
         self._stack = LayerStack(decoder, tensors, "token_decoder.gpt_neox", kernels)
-        self._few_positions = FewPositions(self._stack)
+        self._few_positions = FewPositions(self._stack) if kernels.late_norm_positions else None
         self._table = tensors["token_decoder.gpt_neox.embed_in.weight"]
         """By token: its embedding [h] or, if that alone enters the first layer, its entry of a `token_table`."""
         if decoder.strategy == "prefix" and config.block_length > 1:
@@ -92,8 +92,9 @@ class TokenDecoder:
                 inner.view(rows, length, -1),
             )
 
-        stack = self._few_positions if self._few_positions.suit(x) else self._stack
-        return stack.forward(x, between)
+        if self._few_positions is not None and self._few_positions.suit(x):
+            return self._few_positions.forward(x, between)
+        return self._stack.forward(x, between)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._stack.linear(hidden, self._head)

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
@@ -65,7 +64,7 @@ async def read_slowly(address: Address, data: bytes) -> None:
             with contextlib.suppress(OSError):
                 await loop.sock_connect(stream, (address.host, address.port))
                 await loop.sock_sendall(stream, data)
-                while await loop.sock_recv(stream, 1):  # noqa: ASYNC110 - there is nothing to wait for
+                while await loop.sock_recv(stream, 1):  # noqa: ASYNC110 - a slow reader sleeps, whatever comes
                     await asyncio.sleep(1)
 
 
@@ -134,9 +133,7 @@ def descriptors(supervisor: int) -> int:
 
 def held(server: Served) -> dict[str, int]:
     """What requests hold: by the engines' gauges, /load, and open descriptors."""
-    with httpx.Client(base_url=server.url, timeout=30) as client:
-        load, text = client.get("/load").json(), client.get("/metrics").text
-    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    load, samples = httpx.get(f"{server.url}/load", timeout=30).json(), server.samples()
     gauges = {name: int(sum(s.value for s in samples if s.name == f"blockserve_{name}")) for name in GAUGES}
     return {**gauges, "load": load["running"] + load["waiting"], "descriptors": descriptors(server.pid)}
 

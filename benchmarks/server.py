@@ -23,6 +23,8 @@ from typing import Any
 
 import httpx
 import torch
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from rich.console import Console
 from rich.table import Table
 
@@ -45,6 +47,11 @@ class Served:
     config: ModelConfig
     seconds_to_ready: float
     seconds_to_first_token: float
+
+    def samples(self) -> list[Sample]:
+        """What /metrics says."""
+        text = httpx.get(f"{self.url}/metrics", timeout=30).text
+        return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
 
 @contextmanager

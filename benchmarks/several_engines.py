@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
@@ -48,12 +46,8 @@ def load(options: argparse.Namespace, server: Served, workload: str, seconds: fl
 
 def gauge(server: Served, name: str, engine: int) -> float:
     """What /metrics says of one engine."""
-    text = httpx.get(f"{server.url}/metrics", timeout=30).text
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == f"blockserve_{name}" and sample.labels.get("engine") == str(engine):
-                return sample.value
-    return 0.0
+    wanted = f"blockserve_{name}", str(engine)
+    return next((s.value for s in server.samples() if (s.name, s.labels.get("engine")) == wanted), 0.0)
 
 
 def engine_pid(server: Served, engine: int) -> int:

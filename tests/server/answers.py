@@ -3,19 +3,21 @@
 from collections.abc import Sequence
 from typing import Any
 
-from engine.types import Delta, GenerationRequest
+from engine.types import Delta, FinishReason, GenerationRequest
 from tests.server.fakes import EOS, FakeEngine, Harness, events, told
 
 CHUNK_UNITS = ("block", "token")
 USAGE_IN_STREAMS = {"include_usage": True, "continuous_usage_stats": True}
 
 
-def says(token_ids: Sequence[int], ends: str = "length", sizes: Sequence[int] = (4,)) -> FakeEngine:
+def says(token_ids: Sequence[int], ends: FinishReason = "length", sizes: Sequence[int] = (4,)) -> FakeEngine:
     """An engine whose every answer is these tokens, in blocks of `sizes` in turn; "stop" ends it at the last token."""
     return FakeEngine(lambda request: deltas(request, token_ids, ends, sizes))
 
 
-def deltas(request: GenerationRequest, token_ids: Sequence[int], ends: str, sizes: Sequence[int]) -> list[Delta]:
+def deltas(
+    request: GenerationRequest, token_ids: Sequence[int], ends: FinishReason, sizes: Sequence[int]
+) -> list[Delta]:
     """The same as one request's deltas."""
     tokens, place = list(token_ids), 0
     cut: list[Delta] = []
@@ -29,7 +31,7 @@ def deltas(request: GenerationRequest, token_ids: Sequence[int], ends: str, size
                 request_id=request.request_id,
                 token_ids=part,
                 logprobs=told(request, part),
-                finish_reason=ends if last else None,  # type: ignore[arg-type]
+                finish_reason=ends if last else None,
                 stop_reason=part[-1] if last and ends == "stop" and part[-1] != EOS else None,
             )
         )

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.types import FinishReason
 from tests.engine.tokenizers_of_tests import END_OF_TEXT
 from tests.server.answers import everywhere, says, whole
 from tests.server.fakes import EOS, REPLY, Harness, events, tokenizer
@@ -233,7 +234,7 @@ fields_of_requests = st.fixed_dictionaries(
     fields_of_requests,
 )  # fmt: skip
 async def test_a_stream_says_what_the_whole_answer_says_in_every_combination(
-    parts: list[list[int]], ends: str, sizes: list[int], fields: dict[str, Any]
+    parts: list[list[int]], ends: FinishReason, sizes: list[int], fields: dict[str, Any]
 ) -> None:
     ids = [token for part in parts for token in part]
     answer = await everywhere(says(ids, ends, sizes), max_tokens=100, **fields)

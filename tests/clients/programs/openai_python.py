@@ -56,6 +56,7 @@ def meet_errors(client: openai.OpenAI) -> None:
     model = client.models.list().data[0].id
     for wrong in ({"max_tokens": 10**6}, {"temperature": 3}, {"top_p": 0}, {"n": 0}):
         try:
+            # What is wrong on purpose fits none of the client's signatures.
             client.completions.create(model=model, prompt=PROMPT, **wrong)  # type: ignore[call-overload]
         except openai.BadRequestError as error:
             assert error.param in wrong, (error.param, wrong)

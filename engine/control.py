@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from engine.messages import (
     ChildHello,
@@ -53,6 +53,18 @@ def become_child() -> None:
 def exit_orphaned() -> None:
     """End this process now: the supervisor is gone, and nobody is left to clean up for."""
     os._exit(EXIT_ORPHANED)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process once what it logged is out, without taking interpreter and libraries apart.
+
+    Threads that still run then may abort it ("terminate called without an active exception"), and nothing is left that
+    the kernel would not clean up.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class ControlChannel:

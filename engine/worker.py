@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from engine.config import ConfigError, ModelConfig
-from engine.control import ControlChannel, become_child
+from engine.control import ControlChannel, become_child, leave
 from engine.deltas import StepDeltas
 from engine.listener import Connected, Disconnected, MessageListener
 from engine.logs import configure_logging
@@ -260,4 +260,4 @@ def main(config_path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    leave(main(sys.argv[1]))

@@ -187,3 +187,18 @@ def _runs(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state not in "ZX"
+
+
+def test_leaving_says_all_that_was_logged_and_waits_for_no_thread() -> None:
+    script = (
+        "import logging, sys, threading, time\n"
+        "from engine.control import leave\n"
+        "logging.basicConfig()\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "sys.stdout.write('out')\n"
+        "logging.warning('the last words')\n"
+        "leave(7)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (7, "out")
+    assert "the last words" in done.stderr

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.adjustments import Adjustments
@@ -110,10 +111,10 @@ class BatchTables:
             ids[place, : len(own)] = own
         self.sampling.suppressed_ids[rows] = self._upload(ids, np.int32)
 
-    def set_pages(self, entries: Seq[tuple[int, int, int]]) -> None:
-        """Write page table entries (row, index, page)."""
-        if entries:
-            rows, indices, pages = self._upload(np.array(entries, np.int64).T, np.int64)
+    def set_pages(self, entries: NDArray[np.int64]) -> None:
+        """Write page table entries [entries, 3]: row, index, page."""
+        if len(entries):
+            rows, indices, pages = self._upload(np.ascontiguousarray(entries.T), np.int64)
             self.page_table[rows, indices] = pages.int()
 
     def advance(self, row_index: Tensor, tokens: Tensor) -> None:

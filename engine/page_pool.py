@@ -67,28 +67,32 @@ class PagePool:
 
     def release(self, pages: Iterable[int]) -> None:
         """Take one holder from each page; those without any become free. Raises ValueError for a page not in use."""
+        # Thousands of pages a step where many long prompts end: the loops here and in `keep` are the host's time.
+        holders, kept = self._holders, self._kept
         for page in pages:
             if not self._in_use(page):
                 raise ValueError(f"page {page} is not in use and cannot be released")
-            self._holders[page] -= 1
-            if self._holders[page]:
+            holders[page] -= 1
+            if holders[page]:
                 continue
-            if self._kept[page]:
+            if kept[page]:
                 self._idle[page] = None
             else:
                 self._free.append(page)
 
-    def keep(self, page: int) -> None:
-        """Keep the content of a page in use once it is free. Raises ValueError for a page not in use."""
-        if not self._in_use(page):
-            raise ValueError(f"page {page} is not in use and cannot be kept")
-        self._kept[page] = True
+    def keep(self, pages: Iterable[int]) -> None:
+        """Keep the content of pages in use once they are free. Raises ValueError for a page not in use."""
+        for page in pages:
+            if not self._in_use(page):
+                raise ValueError(f"page {page} is not in use and cannot be kept")
+            self._kept[page] = True
 
-    def drop(self, page: int) -> None:
-        """Take back `keep`, of a page in use. Raises ValueError for a page not in use."""
-        if not self._in_use(page):
-            raise ValueError(f"page {page} is not in use and cannot be dropped")
-        self._kept[page] = False
+    def drop(self, pages: Iterable[int]) -> None:
+        """Take back `keep`, of pages in use. Raises ValueError for a page not in use."""
+        for page in pages:
+            if not self._in_use(page):
+                raise ValueError(f"page {page} is not in use and cannot be dropped")
+            self._kept[page] = False
 
     def holders(self, page: int) -> int:
         """How many hold a page."""

@@ -1,10 +1,10 @@
 """Which pages hold the KV of which prompt prefixes, so that equal prefixes are computed once and shared.
 
 A page's keys and values depend on every token from the sequence's start to the page's end, and on nothing else that
-differs within one process. So its key is sha256(key of the page before || token ids), from a root that is drawn for the
-process and a request's salt: what one client's prompts are is not to be found out by another's, and no key can be made
-in advance. Padding is among the tokens. A hit compares the tokens too, so even equal keys of different prefixes never
-serve one's pages to the other.
+differs within one process. So its key is sha256(key of the page before || its content): the token ids, and in the first
+page a request's salt. In front of that one is a secret that is drawn for the process: what one client's prompts are is
+not to be found out by another's, and no key can be made in advance. Padding is among the tokens. A hit compares the
+contents too, so even equal keys of different prefixes never serve one's pages to the other.
 
 A page is published when the step that writes it is planned, so that requests which arrive together share it. Its
 readers are in that step or in later ones, and steps run in order. Within a step it is sound too: each layer writes the
@@ -16,6 +16,7 @@ which pages hold nothing, and whoever shares them has to begin again.
 import hashlib
 import secrets
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
 
 from engine.page_pool import PagePool
@@ -44,15 +45,14 @@ class PrefixCache:
         self._secret = secrets.token_bytes(32)
         self._page_of: dict[bytes, int] = {}
         # By page. Lists of plain values rather than an object a page: the collector of garbage does not visit them.
-        self._keys: list[bytes | None] = [None] * (pool.capacity + 1)
-        self._tokens = [b""] * (pool.capacity + 1)
-        self._salts = [""] * (pool.capacity + 1)
+        self._keys = [b""] * (pool.capacity + 1)
+        self._contents = [b""] * (pool.capacity + 1)
         self._parents = [0] * (pool.capacity + 1)
         self._publications = [0] * (pool.capacity + 1)
         """The number of the page's present publication, which no other has; 0 where it is not published."""
         self._published = 0
-        self._pending: dict[int, tuple[int, Sequence]] = {}
-        """Pages whose step is not committed, in the order of publication: the step's number and the writer."""
+        self._pending: deque[tuple[int, Sequence, list[int]]] = deque()
+        """Pages whose step is not committed, in the order of publication: the step's number, the writer and they."""
         self._asked: Sequence | None = None
         self._found: list[tuple[int, int]] = []
         """What was found for the sequence that asked last: pages and their publications."""
@@ -64,24 +64,26 @@ class PrefixCache:
     def allocate(self, count: int) -> list[int]:
         """Take free pages, of which nothing is found any more. Raises OutOfPagesError."""
         pages = self._pool.allocate(count)
-        for page in pages:
-            if self._publications[page]:
-                self._forget(page)
+        self._forget(pages)
         return pages
 
     def enroll(self, sequence: Sequence) -> None:
-        """Give a sequence the keys of its prompt's whole pages that it has none of: a digest a page."""
-        if not self._enabled:
-            return
-        keys = sequence.page_keys
-        if not keys:
-            key = self._digest(self._secret + sequence.request.cache_salt.encode("utf-8", "surrogatepass"))
-        else:
-            key = keys[-1]
+        """Give a sequence the contents and keys of its prompt's whole pages that it has none of: a digest a page."""
+        keys, contents, size = sequence.page_keys, sequence.page_contents, self._page_size
         # The last prompt block is decoded by its row, and so is not in a page that others can share.
-        for index in range(len(keys), sequence.prefill_end // self._page_size):
-            key = self._digest(key + self._tokens_of(sequence, index))
+        first, end = len(keys), sequence.prefill_end // size
+        if first >= end or not self._enabled:
+            return
+        tokens = sequence.blocks[first * size : end * size].tobytes()
+        length, digest = len(tokens) // (end - first), self._digest
+        key = keys[-1] if keys else self._secret
+        for start in range(0, len(tokens), length):
+            content = tokens[start : start + length]
+            if not keys:
+                content += sequence.request.cache_salt.encode("utf-8", "surrogatepass")
+            key = digest(key + content)
             keys.append(key)
+            contents.append(content)
 
     def find(self, sequence: Sequence) -> list[int]:
         """Pages of the longest published prefix of its prompt. Cheap where it asks again and little has changed."""
@@ -121,39 +123,45 @@ class PrefixCache:
 
         A page ends the chain whose prefix another page has already, and whose parent is not published.
         """
-        for index in range(start // self._page_size, min(end // self._page_size, len(sequence.page_keys))):
-            page, key = sequence.pages[index], sequence.page_keys[index]
-            if self._publications[page]:
-                continue
-            parent = sequence.pages[index - 1] if index else 0
-            if key in self._page_of or (parent and not self._publications[parent]):
-                return
-            self._published += 1
-            self._publications[page] = self._published
-            self._page_of[key] = page
-            self._keys[page] = key
-            self._tokens[page] = self._tokens_of(sequence, index)
-            self._salts[page] = sequence.request.cache_salt
-            self._parents[page] = parent
-            self._pool.keep(page)
-            if step is not None:
-                self._pending[page] = (step, sequence)
+        keys, contents, pages = sequence.page_keys, sequence.page_contents, sequence.pages
+        first, last = start // self._page_size, min(end // self._page_size, len(keys))
+        page_of, publications, published = self._page_of, self._publications, self._published
+        parent = pages[first - 1] if first else 0
+        new = []
+        for index in range(first, last):
+            page, key = pages[index], keys[index]
+            if not publications[page]:
+                if key in page_of or (parent and not publications[parent]):
+                    break
+                published += 1
+                publications[page] = published
+                page_of[key] = page
+                self._keys[page] = key
+                self._contents[page] = contents[index]
+                self._parents[page] = parent
+                new.append(page)
+            parent = page
+        self._published = published
+        self._pool.keep(new)
+        if new and step is not None:
+            self._pending.append((step, sequence, new))
 
     def confirm(self, step: int) -> None:
-        """The step is committed, and so is what it wrote."""
-        for page in [page for page, (number, _) in self._pending.items() if number <= step]:
-            del self._pending[page]
+        """The step is committed, and so is what it wrote, and steps before it."""
+        while self._pending and self._pending[0][0] <= step:
+            self._pending.popleft()
 
     def fail(self, writers: Collection[Sequence]) -> set[int]:
         """Unpublish what these did not write, and what was written from it. Returns those pages: all have holders."""
         spoiled: set[int] = set()
-        for page, (_, writer) in self._pending.items():
-            if writer in writers or self._parents[page] in spoiled:
-                spoiled.add(page)
-        for page in spoiled:
-            del self._pending[page]
-            self._forget(page)
-            self._pool.drop(page)
+        for place, (step, writer, pages) in enumerate(self._pending):
+            # All behind one in a chain are spoiled with it, and the pages of one writer are a chain.
+            for page in pages:
+                if writer in writers or self._parents[page] in spoiled:
+                    spoiled.add(page)
+            self._pending[place] = (step, writer, [page for page in pages if page not in spoiled])
+        self._forget(spoiled)
+        self._pool.drop(spoiled)
         return spoiled
 
     def check_integrity(self) -> None:
@@ -164,9 +172,8 @@ class PrefixCache:
             parent = self._parents[page]
             assert not parent or self._publications[parent], f"page {page} is published, and not its parent {parent}"
             assert not parent or self._pool.holders(page) <= self._pool.holders(parent), f"{page} without {parent}"
-        assert all(self._publications[page] and self._pool.holders(page) for page in self._pending), (
-            "lost while pending"
-        )
+        pending = [page for _, _, pages in self._pending for page in pages]
+        assert all(self._publications[page] and self._pool.holders(page) for page in pending), "lost while pending"
         self._check_idle(self._pool.idle)
 
     def _check_idle(self, idle: Iterable[int]) -> None:
@@ -178,16 +185,14 @@ class PrefixCache:
 
     def _match(self, sequence: Sequence, index: int, parent: int) -> int | None:
         page = self._page_of.get(sequence.page_keys[index])
-        if page is None or self._parents[page] != parent or self._salts[page] != sequence.request.cache_salt:
+        if page is None or self._parents[page] != parent:
             return None
-        return page if self._tokens[page] == self._tokens_of(sequence, index) else None
+        return page if self._contents[page] == sequence.page_contents[index] else None
 
-    def _forget(self, page: int) -> None:
-        key = self._keys[page]
-        assert key is not None
-        del self._page_of[key]
-        self._keys[page], self._tokens[page], self._salts[page] = None, b"", ""
-        self._parents[page] = self._publications[page] = 0
-
-    def _tokens_of(self, sequence: Sequence, index: int) -> bytes:
-        return sequence.blocks[index * self._page_size : (index + 1) * self._page_size].tobytes()
+    def _forget(self, pages: Iterable[int]) -> None:
+        """Unpublish those that are published. What else is known of a page means nothing then."""
+        page_of, keys, publications = self._page_of, self._keys, self._publications
+        for page in pages:
+            if publications[page]:
+                publications[page] = 0
+                del page_of[keys[page]]

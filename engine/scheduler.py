@@ -22,7 +22,7 @@ from engine.prefix_cache import PrefixCache
 from engine.row_table import Flags, Int32, RowTable
 from engine.sequence import Sequence, SequenceState
 from engine.step_budget import StepBudget
-from engine.step_plan import BlockLogprobs, PrefillChunk, StepPlan
+from engine.step_plan import BlockLogprobs, PageRun, PrefillChunk, StepPlan
 from engine.types import Delta, InvalidRequestError, Timing
 from engine.waiting_queue import WaitingQueue
 
@@ -116,7 +116,6 @@ class Scheduler:
                     f"prompt and max_tokens need {pages} pages of KV cache, and the engine has {self._pool.capacity}",
                 )
         for sequence in sequences:
-            self._cache.enroll(sequence)
             self._open[sequence.key] = sequence
             self._waiting.push(sequence)
 
@@ -270,6 +269,7 @@ class Scheduler:
             return None
         prompt_pages = self._pages_for(sequence.prefill_end + 1)
         worst_pages = self._pages_for(sequence.end_position)
+        self._cache.enroll(sequence)
         pool, found = self._pool, self._cache.find(sequence)
         taken = prompt_pages - self._cache.held(found)
         occupancy = Occupancy(pool.capacity, pool.free, self.running, self._worst_pages, taken, worst_pages)
@@ -307,7 +307,8 @@ class Scheduler:
         table = self._rows
         pages = self._cache.allocate(len(rows))
         places = (table.page_positions[rows] // self._page_size).tolist()
-        plan.page_entries.extend(zip(rows.tolist(), places, pages, strict=True))
+        for row, place, page in zip(rows.tolist(), places, pages, strict=True):
+            plan.page_runs.append(PageRun(row, place, [page]))
         for sequence, page in zip(table.sequences[rows].tolist(), pages, strict=True):
             sequence.pages.append(page)
         table.page_positions[rows] += self._page_size
@@ -375,7 +376,7 @@ class Scheduler:
 
     def _give(self, plan: StepPlan, sequence: Sequence, pages: list[int]) -> None:
         held, row = len(sequence.pages), sequence.bound_row
-        plan.page_entries.extend((row, held + place, page) for place, page in enumerate(pages))
+        plan.page_runs.append(PageRun(row, held, pages))
         sequence.pages += pages
         self._rows.page_positions[row] = len(sequence.pages) * self._page_size
 

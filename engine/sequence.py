@@ -34,7 +34,8 @@ class Sequence:
 
     __slots__ = (
         "_blocks", "_generated", "_table", "arrival", "cached_tokens", "end_position", "first_scheduled", "forced",
-        "key", "padding", "page_keys", "pages", "prefill_end", "rank", "request", "row", "state", "stop_token_ids",
+        "key", "padding", "page_contents", "page_keys", "pages", "prefill_end", "rank", "request", "row", "state",
+        "stop_token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +54,8 @@ class Sequence:
         """In the order of the page table: page i holds positions i x page_size and on."""
         self.page_keys: list[bytes] = []
         """The prefix cache's keys of the whole pages before `prefill_end`, as far as they are known."""
+        self.page_contents: list[bytes] = []
+        """What these keys were made from, beside one another."""
         self.padding = prompt.padding
         """Pad ids at the head of the first block."""
         self.cached_tokens = 0

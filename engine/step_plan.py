@@ -5,6 +5,7 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.row_table import Float32, Int32
 from engine.sequence import Sequence
@@ -19,6 +20,15 @@ class PrefillChunk(NamedTuple):
     """First position."""
     length: int
     """Positions, at least one."""
+
+
+class PageRun(NamedTuple):
+    """New entries of one row's page table, behind one another."""
+
+    row: int
+    first: int
+    """Where in the row's table the first of them is."""
+    pages: list[int]
 
 
 class BlockLogprobs(NamedTuple):
@@ -61,8 +71,7 @@ class StepPlan:
     """Steps are counted from 1."""
     bound: list[Sequence] = field(default_factory=list)
     """Sequences that get their row in this step: their state has to reach the device before it."""
-    page_entries: list[tuple[int, int, int]] = field(default_factory=list)
-    """New page table entries: row, index, page."""
+    page_runs: list[PageRun] = field(default_factory=list)
     prefill: list[PrefillChunk] = field(default_factory=list)
     decode: list[Sequence] = field(default_factory=list)
     """Sequences whose row gains a block."""
@@ -73,6 +82,21 @@ class StepPlan:
 
     adjusted: bool = False
     """Whether one of `decode` asks for bias, penalties or logprobs."""
+
+    @property
+    def page_entries(self) -> NDArray[np.int64]:
+        """New page table entries [entries, 3]: row, index, page."""
+        runs = self.page_runs
+        lengths = np.array([len(run.pages) for run in runs], np.int64)
+        number = int(lengths.sum())
+        # Of each entry, how many are ahead of the first one of its run.
+        ahead = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        firsts = np.repeat(np.array([run.first for run in runs], np.int64), lengths)
+        entries = np.empty((number, 3), np.int64)
+        entries[:, 0] = np.repeat(np.array([run.row for run in runs], np.int64), lengths)
+        entries[:, 1] = firsts + np.arange(number) - ahead
+        entries[:, 2] = np.fromiter(chain.from_iterable(run.pages for run in runs), np.int64, number)
+        return entries
 
     @property
     def positions(self) -> int:

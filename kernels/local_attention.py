@@ -47,7 +47,8 @@ def local_attention_and_gelu(
     width, end = heads * head_size, first_position + length
     query = rotary_scratch_write(into[..., : 3 * width], first_position, table, key_scratch, value_scratch)
     keys, values = key_scratch[:rows, :, :end], value_scratch[:rows, :, :end]
-    attended = attend_causal(query.transpose(1, 2), keys, values, first_position, scale)
+    # Torch's attention on a GPU reads past queries whose rows do not begin at multiples of 16 bytes, as `into`'s may.
+    attended = attend_causal(query.transpose(1, 2).contiguous(), keys, values, first_position, scale)
     inner[..., :width].view(query.shape).copy_(attended.transpose(1, 2))
     gelu_into(into[..., 3 * width :], inner[..., width:])
 

@@ -138,7 +138,7 @@ class FakeDevice:
                 positions=firsts[sequence],
             )
             assert firsts[sequence] % self._page_size == 0, "a row begins in the middle of a page"
-        for row, index, page in plan.page_entries:
+        for row, index, page in plan.page_entries.tolist():
             assert page != 0 and index not in self._rows[row].pages
             self._rows[row].pages[index] = page
         for chunk in plan.prefill:

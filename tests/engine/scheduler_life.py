@@ -332,7 +332,7 @@ class SchedulerLife:
 
     def check_nothing_in_flight_is_taken(self, plan: StepPlan) -> None:
         rows = {sequence.row for sequence in plan.bound}
-        pages = {page for _, _, page in plan.page_entries}
+        pages = set(plan.page_entries[:, 2].tolist())
         for sequence in plan.bound:
             pages -= set(self.shared_pages(plan, sequence))
         for flight in self.in_flight:
@@ -369,7 +369,7 @@ class SchedulerLife:
         if not left or not out:
             return
         self.seen["sat a step out"] += 1
-        grown = [self.sequence_in(row) for row, _, _ in plan.page_entries]
+        grown = [self.sequence_in(row) for row in plan.page_entries[:, 0].tolist()]
         for sequence in out:
             assert sequence.position == sequence.page_positions, "a row that could decode was left out"
             assert not self.pool.free, "a row sat out although a page was free"

@@ -45,8 +45,7 @@ def test_a_shared_page_is_free_after_its_last_release() -> None:
 def test_a_kept_page_can_be_shared_again_until_it_is_handed_out() -> None:
     pool = PagePool(3)
     first, second = pool.allocate(2)
-    pool.keep(first)
-    pool.keep(second)
+    pool.keep([first, second])
     pool.release([second, first])
     assert (pool.free, pool.used, pool.idle) == (3, 0, [second, first])
     pool.share(second)
@@ -58,7 +57,7 @@ def test_kept_pages_are_handed_out_last_and_in_the_order_in_which_they_became_fr
     pool = PagePool(4)
     pages = pool.allocate(3)
     for page in pages:
-        pool.keep(page)
+        pool.keep([page])
     pool.release([2, 1, 3])
     assert [pool.allocate(1) for _ in range(4)] == [[4], [2], [1], [3]]
     pool.release([1])
@@ -68,8 +67,8 @@ def test_kept_pages_are_handed_out_last_and_in_the_order_in_which_they_became_fr
 def test_a_page_that_was_dropped_is_free_as_any_other() -> None:
     pool = PagePool(1)
     pool.allocate(1)
-    pool.keep(1)
-    pool.drop(1)
+    pool.keep([1])
+    pool.drop([1])
     pool.release([1])
     assert (pool.idle, pool.free) == ([], 1)
 
@@ -90,9 +89,9 @@ def test_pages_that_are_not_in_use_are_neither_released_nor_shared(page: int) ->
     with pytest.raises(ValueError, match="shared"):
         pool.share(page)
     with pytest.raises(ValueError, match="kept"):
-        pool.keep(page)
+        pool.keep([page])
     with pytest.raises(ValueError, match="dropped"):
-        pool.drop(page)
+        pool.drop([page])
 
 
 def test_a_pool_needs_a_page() -> None:
@@ -151,7 +150,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data(), keep=st.booleans())
     def keep_or_drop(self, data: st.DataObject, *, keep: bool) -> None:
         page = data.draw(st.sampled_from(sorted(self.used)))
-        (self.pool.keep if keep else self.pool.drop)(page)
+        (self.pool.keep if keep else self.pool.drop)([page])
         self.kept = [other for other in self.kept if other != page] + [page] * keep
 
     @precondition(lambda self: bool(self.holders))

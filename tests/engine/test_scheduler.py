@@ -13,7 +13,7 @@ def test_a_short_prompt_decodes_in_its_first_step() -> None:
     scheduler.add([sequence])
     plan = must_schedule(scheduler)
     assert plan.bound == plan.decode == [sequence] and plan.prefill == []
-    assert plan.decode_positions.tolist() == [0] and plan.page_entries == [(0, 0, 1)]
+    assert plan.decode_positions.tolist() == [0] and plan.page_entries.tolist() == [[0, 0, 1]]
     assert commit_blocks(scheduler, plan)[0].token_ids == (50, 50, 50, 50)
 
 
@@ -24,7 +24,7 @@ def test_a_prompt_is_prefilled_and_decoded_in_one_step_where_the_budget_allows()
     plan = must_schedule(scheduler)
     assert plan.prefill == [PrefillChunk(sequence, 0, 4)]
     assert plan.decode == [sequence] and plan.decode_positions.tolist() == [4]
-    assert plan.page_entries == [(0, 0, 1), (0, 1, 2), (0, 2, 3)]
+    assert plan.page_entries.tolist() == [[0, 0, 1], [0, 1, 2], [0, 2, 3]]
     assert plan.positions == 5
 
 

@@ -166,7 +166,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "seconds_to_first_token": round(running.seconds_to_first_token, 2), **common,
             }
         ]  # fmt: skip
-        for prompt_tokens in (8, running.config.max_length - 64):
+        for prompt_tokens in arguments.prompts or (8, running.config.max_length - 64):
             seconds = asyncio.run(first_token(running, prompt_tokens))
             rows.append(
                 {"bench": "latency", "workload": f"{prompt_tokens} in", "ttft_ms": round(seconds * 1e3, 2), **common}
@@ -212,6 +212,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16])
+    parser.add_argument(
+        "--prompts", type=int, nargs="+", help="tokens of the prompts whose first token is timed [8 and a long one]"
+    )
     rows = measure(parser.parse_args())
     show(rows)
     path = append("server", rows)

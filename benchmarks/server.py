@@ -15,6 +15,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +82,34 @@ def served(model: str | None, device: str | None, extra: list[str]) -> Iterator[
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)
+
+
+class Count:
+    """Tokens a second by the server's own counter."""
+
+    tokens_per_second = 0.0
+
+
+@contextmanager
+def counted(server: Served, after: float, seconds: float) -> Iterator[Count]:
+    """Count what the server hands on in a window of so many seconds, which begins `after` seconds from here."""
+    count = Count()
+
+    def look() -> tuple[float, float]:
+        tokens = sum(s.value for s in server.samples() if s.name == "blockserve_generation_tokens_total")
+        return time.monotonic(), tokens
+
+    def watch() -> None:
+        time.sleep(after)
+        began, before = look()
+        time.sleep(seconds)
+        ended, then = look()
+        count.tokens_per_second = (then - before) / (ended - began)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    yield count
+    watching.join()
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks.front_end_scale import bench
 from benchmarks.models import WORKLOADS
 from benchmarks.results import append, provenance
-from benchmarks.server import Served, served
+from benchmarks.server import Served, counted, served
 
 SPREAD = 0.5
 """Answers are between this share of a workload's tokens and as much above it: all of one length would end at once."""
@@ -41,7 +41,9 @@ def lengths(workload: str, scale: float) -> list[str]:
 def load(options: argparse.Namespace, server: Served, workload: str, seconds: float) -> dict[str, Any]:
     """The row of one load. `options.open` and `options.workers` are those of all engines here."""
     flags = [*lengths(workload, options.scale), "--url", server.url, "--no-stream"]
-    return bench(options, *flags, "--seconds", str(seconds), "--warm-up", str(options.warm_up))
+    with counted(server, options.warm_up + 1, seconds - 1) as count:
+        row = bench(options, *flags, "--seconds", str(seconds), "--warm-up", str(options.warm_up))
+    return row | {"server_tok_s": count.tokens_per_second}
 
 
 def gauge(server: Served, name: str, engine: int) -> float:

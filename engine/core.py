@@ -18,6 +18,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.decode_graphs import DecodeGraphs
 from engine.decode_step import DecodeStep
 from engine.deltas import StepDeltas
+from engine.device import device_name, on_device
 from engine.graph_pool import GraphPool
 from engine.kv_cache import KVCache, KVLayout, free_memory, plan_pages
 from engine.meter import EngineTotals
@@ -94,9 +95,11 @@ class EngineCore:
         device, dtype = torch.device(config.device), getattr(torch, config.dtype)
         layout = KVLayout.of(model.config.block_decoder, config.page_size, dtype)
         build = partial(_runner, config, model, kernels)
-        activations = activation_bytes(build, layout, config)
-        pages = plan_pages(layout, model.config, config, free_memory(device), activations)
-        cache = KVCache.allocate(layout, pages, device)
+        self._on_device = on_device(device)
+        with self._on_device:
+            activations = activation_bytes(build, layout, config)
+            pages = plan_pages(layout, model.config, config, free_memory(device), activations)
+            cache = KVCache.allocate(layout, pages, device)
         self._pool = make_pool(cache.pages)
         self._prefix_cache = PrefixCache(self._pool, config.page_size, enabled=config.prefix_cache)
         self._scheduler = Scheduler(
@@ -113,9 +116,10 @@ class EngineCore:
             eos_token_id=model.config.eos_token_id,
             prefix_cache=self._prefix_cache,
         )
-        self._runner = build(cache)
-        self._runner.capture_graphs()
-        self._scorer = Scorer(model, kernels, layout, config)
+        with self._on_device:
+            self._runner = build(cache)
+            self._runner.capture_graphs()
+            self._scorer = Scorer(model, kernels, layout, config)
         self._in_flight: tuple[StepPlan, StepInFlight] | None = None
         self._no_deltas = StepDeltas([], np.empty((0, model.config.block_length), np.int32))
         self.step_underway: StepPlan | None = None
@@ -126,7 +130,7 @@ class EngineCore:
             block_length=model.config.block_length,
             max_length=model.config.max_length,
             eos_token_id=model.config.eos_token_id,
-            device=_device_name(device),
+            device=device_name(device),
             dtype=config.dtype,
             max_rows=config.max_rows,
             pages=cache.pages,
@@ -140,15 +144,16 @@ class EngineCore:
         """The model of a directory, with its weights or, for benchmarks, random ones. Raises ConfigError."""
         model_config = ModelConfig.load(directory)
         device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-        if random_seed is None:
-            tensors = load_weights(directory, model_config, dtype, device)
-        else:
-            tensors = random_weights(model_config, dtype, device, random_seed)
-        kernels = select_kernels(device)
-        model = build_model(model_config, tensors, kernels)
-        # Most of them are held a second time, transposed: the memory is the KV cache's.
-        del tensors
-        return cls(name=name, config=config, model=model, kernels=kernels)
+        with on_device(device):
+            if random_seed is None:
+                tensors = load_weights(directory, model_config, dtype, device)
+            else:
+                tensors = random_weights(model_config, dtype, device, random_seed)
+            kernels = select_kernels(device)
+            model = build_model(model_config, tensors, kernels)
+            # Most of them are held a second time, transposed: the memory is the KV cache's.
+            del tensors
+            return cls(name=name, config=config, model=model, kernels=kernels)
 
     @property
     def has_work(self) -> bool:
@@ -207,6 +212,10 @@ class EngineCore:
         Synchronous, a step is committed by the call that launched it. Overlapped, it is committed by the next call,
         which launches its successor first: the host plans and commits while the device computes.
         """
+        with self._on_device:
+            return self._step()
+
+    def _step(self) -> StepReport | None:
         started = self._clock()
         plan = self.step_underway = self._scheduler.schedule(started)
         launched = None if plan is None else (plan, self._runner.launch(plan, self._given_up()))
@@ -278,7 +287,3 @@ def _runner(config: EngineConfig, model: Model, kernels: Kernels, cache: KVCache
 def graph_pool(config: EngineConfig) -> GraphPool | None:
     """Where steps are captured; None if their operations are to be launched one by one."""
     return GraphPool() if torch.device(config.device).type == "cuda" and config.cuda_graphs else None
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

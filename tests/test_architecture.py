@@ -21,6 +21,7 @@ TORCH_MODULES = {
     "core",
     "decode_graphs",
     "decode_step",
+    "device",
     "graph_pool",
     "kv_cache",
     "llm",

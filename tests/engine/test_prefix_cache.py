@@ -96,6 +96,7 @@ def test_equal_keys_of_different_prefixes_serve_no_pages(digest: Callable[[bytes
     other = asking(cache, 1 + 256, 2)
     assert set(other.page_keys) & set(writer.page_keys), "these keys are meant to collide"
     assert cache.find(other) == []
+    assert cache.find(asking(cache, 1, 2, salt="other")) == []
     assert cache.find(asking(cache, 1, 2 + 256)) == cache.find(asking(cache, 1)) == writer.pages[:1]
     other.pages = cache.allocate(2)
     cache.publish(other, 0, 4, 2)

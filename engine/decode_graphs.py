@@ -9,7 +9,7 @@ import torch
 from engine.batch_tables import BatchTables
 from engine.decode_step import DecodeStep, Written
 from engine.graph_pool import GraphPool
-from engine.row_table import Int32
+from engine.row_table import Rows
 from engine.staging import Staging
 
 
@@ -52,7 +52,7 @@ class DecodeGraphs:
             torch.cuda.synchronize(self._tables.device)
         self._replays = {key: replay for key, replay in self._replays.items() if not key[0]}
 
-    def run(self, rows: Int32, *, adjusted: bool = False) -> Written:
+    def run(self, rows: Rows, *, adjusted: bool = False) -> Written:
         """As `DecodeStep.run`, for rows [R] on the host; what is returned is overwritten by the next run.
 
         Where a capture runs out of memory, no graph is kept and no row has changed.

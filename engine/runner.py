@@ -23,7 +23,7 @@ from engine.out_of_memory import attempt
 from engine.prefill_graphs import PrefillGraphs
 from engine.prefill_layout import ALIGNMENT, PrefillLayout, padding_table
 from engine.prefill_step import PrefillStep
-from engine.row_table import Flags, Int32
+from engine.row_table import Flags, Int32, Rows
 from engine.sequence import Sequence
 from engine.staging import Staging, on_the_way_here
 from engine.step_plan import BlockLogprobs, PrefillChunk, StepPlan
@@ -73,6 +73,10 @@ class StepInFlight:
         """The tokens, once the device has written them."""
         if self._arrived is not None:
             self._arrived.synchronize()
+        if len(self._parts) == 1 and len(self._parts[0][0]) == self._shape[0]:
+            # All rows at once, as nearly always.
+            all_tokens, all_finite, *all_told = (one.numpy() for one in self._parts[0][1])
+            return StepTokens(all_tokens, all_finite, self.failed, BlockLogprobs(*all_told) if all_told else None)
         tokens, finite = np.zeros(self._shape, np.int32), np.ones(self._shape[0], bool)
         logprobs: BlockLogprobs | None = None
         for places, (part, part_finite, *told) in self._parts:
@@ -203,7 +207,7 @@ class Runner:
             self._graphs.decode.forget_adjusted()
         return True
 
-    def _run_rows(self, rows: Int32, *, adjusted: bool) -> Written:
+    def _run_rows(self, rows: Rows, *, adjusted: bool) -> Written:
         if self._graphs is not None:
             return self._graphs.decode.run(rows, adjusted=adjusted)
         return self._decode.run(self._staging.upload(rows, np.int32), adjusted=adjusted)

@@ -19,7 +19,7 @@ from engine.deltas import StepDeltas
 from engine.finish import cut_answer
 from engine.page_pool import PagePool
 from engine.prefix_cache import PrefixCache
-from engine.row_table import Flags, Int32, RowTable
+from engine.row_table import Flags, Int32, Rows, RowTable
 from engine.sequence import Sequence, SequenceState
 from engine.step_budget import StepBudget
 from engine.step_plan import BlockLogprobs, PageRun, PrefillChunk, StepPlan
@@ -147,7 +147,7 @@ class Scheduler:
             budget -= self._plan_prompt(plan, self._prefilling, budget, first_decodes)
         while budget and (admitted := self._admit(plan, now)) is not None:
             budget -= self._plan_prompt(plan, admitted, budget, first_decodes)
-        self._decode(plan, np.array(first_decodes, np.int32))
+        self._decode(plan, np.array(first_decodes, np.intp))
         plan.adjusted = bool(self._rows.adjusted[plan.rows].any())
         if not plan.decode and not plan.prefill:
             return None
@@ -193,7 +193,9 @@ class Scheduler:
                 told = logprobs.of_row(place, skipped, skipped + len(delta.token_ids), top)
                 delta = msgspec.structs.replace(delta, logprobs=told)
             others.append((sequence, delta))
-        rows, blocks = plan.rows[whole], blocks[whole]
+        rows = plan.rows
+        if not whole.all():
+            rows, blocks = rows[whole], blocks[whole]
         self._rows.append(rows, blocks, blocks.shape[1])
         deltas = StepDeltas(self._rows.sequences[rows].tolist(), blocks, others)
         self._land(plan.rows)
@@ -293,27 +295,26 @@ class Scheduler:
 
     def _plan_decodes(self, plan: StepPlan) -> None:
         table = self._rows
-        rows = np.flatnonzero(table.decoding).astype(np.int32)
+        rows = np.flatnonzero(table.decoding)
         growing = rows[table.position[rows] == table.page_positions[rows]]
         if len(growing) > self._pool.free:
             sitting_out = [sequence.bound_row for sequence in self._make_room(table.sequences[growing].tolist())]
-            rows = np.setdiff1d(np.flatnonzero(table.decoding), sitting_out).astype(np.int32)
+            rows = np.setdiff1d(np.flatnonzero(table.decoding), np.array(sitting_out, np.intp))
             growing = rows[table.position[rows] == table.page_positions[rows]]
         self._grow_rows(plan, growing)
         self._decode(plan, rows)
 
-    def _grow_rows(self, plan: StepPlan, rows: Int32) -> None:
+    def _grow_rows(self, plan: StepPlan, rows: Rows) -> None:
         """Give each of the rows one page more."""
         table = self._rows
         pages = self._cache.allocate(len(rows))
-        places = (table.page_positions[rows] // self._page_size).tolist()
-        for row, place, page in zip(rows.tolist(), places, pages, strict=True):
-            plan.page_runs.append(PageRun(row, place, [page]))
+        places = table.page_positions[rows] // self._page_size
+        plan.grown = np.array((rows, places, pages), np.int64).T
         for sequence, page in zip(table.sequences[rows].tolist(), pages, strict=True):
             sequence.pages.append(page)
         table.page_positions[rows] += self._page_size
 
-    def _decode(self, plan: StepPlan, rows: Int32) -> None:
+    def _decode(self, plan: StepPlan, rows: Rows) -> None:
         """Add rows to a plan, behind those that decode already. They have room for the position."""
         table = self._rows
         positions = table.position[rows]
@@ -447,7 +448,7 @@ class Scheduler:
         if not sequence.in_flight:
             self._vacate(sequence)
 
-    def _land(self, rows: Int32) -> None:
+    def _land(self, rows: Rows) -> None:
         """One chunk or decode of each of the rows is committed: they lose those that have left and are in no other."""
         table = self._rows
         table.in_flight[rows] -= 1

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.row_table import Float32, Int32
+from engine.row_table import Float32, Int32, Rows
 from engine.sequence import Sequence
 from engine.types import MAX_LOGPROBS, TokenLogprobs
+
+Int64 = NDArray[np.int64]
 
 
 class PrefillChunk(NamedTuple):
@@ -59,8 +61,16 @@ class BlockLogprobs(NamedTuple):
         )
 
 
-def _no_rows() -> Int32:
+def _no_positions() -> Int32:
     return np.empty(0, np.int32)
+
+
+def _no_entries() -> Int64:
+    return np.empty((0, 3), np.int64)
+
+
+def _no_rows() -> Rows:
+    return np.empty(0, np.intp)
 
 
 @dataclass(eq=False)
@@ -72,21 +82,26 @@ class StepPlan:
     bound: list[Sequence] = field(default_factory=list)
     """Sequences that get their row in this step: their state has to reach the device before it."""
     page_runs: list[PageRun] = field(default_factory=list)
+    """Of prompts."""
+    grown: Int64 = field(default_factory=_no_entries)
+    """Of rows that decode, a page each: row, place in its table, page [rows, 3]."""
     prefill: list[PrefillChunk] = field(default_factory=list)
     decode: list[Sequence] = field(default_factory=list)
     """Sequences whose row gains a block."""
-    rows: Int32 = field(default_factory=_no_rows)
+    rows: Rows = field(default_factory=_no_rows)
     """The rows of `decode`."""
-    decode_positions: Int32 = field(default_factory=_no_rows)
+    decode_positions: Int32 = field(default_factory=_no_positions)
     """For each of `decode`, the position it decodes."""
 
     adjusted: bool = False
     """Whether one of `decode` asks for bias, penalties or logprobs."""
 
     @property
-    def page_entries(self) -> NDArray[np.int64]:
+    def page_entries(self) -> Int64:
         """New page table entries [entries, 3]: row, index, page."""
         runs = self.page_runs
+        if not runs:
+            return self.grown
         lengths = np.array([len(run.pages) for run in runs], np.int64)
         number = int(lengths.sum())
         # Of each entry, how many are ahead of the first one of its run.
@@ -96,7 +111,7 @@ class StepPlan:
         entries[:, 0] = np.repeat(np.array([run.row for run in runs], np.int64), lengths)
         entries[:, 1] = firsts + np.arange(number) - ahead
         entries[:, 2] = np.fromiter(chain.from_iterable(run.pages for run in runs), np.int64, number)
-        return entries
+        return np.concatenate((self.grown, entries))
 
     @property
     def positions(self) -> int:

@@ -19,13 +19,10 @@ from server.batch.command import run_batch_command
 from server.bench.command import run_bench
 from server.bench.options import DESCRIPTION as BENCH_DESCRIPTION
 from server.bench.options import add_arguments as add_bench_arguments
+from server.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain
 from server.service import serve
 from server.settings import CONFIG_VARIABLE, ENVIRONMENT_PREFIX, GROUPS, ServeSettings, flag_name, load_settings
 from server.version import version_info
-
-EXIT_BAD_INPUT = 2
-"""A setting or an argument that cannot be used; argparse exits with it too."""
-EXIT_INTERRUPTED = 130
 
 SERVE_DESCRIPTION = (
     "Serve a Block Transformer over HTTP, to clients of the OpenAI completion API. Every setting may also come from "
@@ -58,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return commands[options.command](options)
     except (ConfigError, TokenizerError) as error:
-        return _complain(str(error))
+        return complain("blockserve", str(error), EXIT_BAD_INPUT)
     except InvalidRequestError as error:
-        return _complain(error.message.removeprefix("prompt 0: "))
+        return complain("blockserve", error.message.removeprefix("prompt 0: "), EXIT_BAD_INPUT)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -281,11 +278,6 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     section = parser.add_argument_group("Model and device")
     for name in MODEL_SETTINGS:
         _add_setting(section, name)
-
-
-def _complain(message: str) -> int:
-    sys.stderr.write(f"blockserve: {message}\n")
-    return EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""`blockserve serve`: from the settings to a running service. Exit codes as in `server.supervisor`."""
+"""`blockserve serve`: from the settings to a running service. Exit codes as in `server.exit_codes`."""
 
 import asyncio
 import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -17,11 +16,12 @@ from engine.types import EngineInfo
 from server.banner import start_banner
 from server.children import ChildSpec, module_command
 from server.control_server import ControlServer
+from server.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 from server.metrics_registry import MetricStore
 from server.runtime_directory import RuntimeDirectoryError, runtime_directory
 from server.settings import ServeSettings
 from server.sockets import PortError, bind_ports, server_url
-from server.supervisor import EXIT_FAILED, Supervisor, SupervisorOptions
+from server.supervisor import Supervisor, SupervisorOptions
 from server.version import version_info
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def serve(settings: ServeSettings) -> int:
         log.error("cannot start: %s", error)
         return EXIT_FAILED
     except KeyboardInterrupt:  # before the supervisor answers signals: a download may take long
-        return 128 + signal.SIGINT
+        return EXIT_INTERRUPTED
 
 
 def plan_children(

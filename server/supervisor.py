@@ -28,12 +28,11 @@ from engine.metrics import ENGINE, METRICS
 from engine.types import EngineInfo
 from server.children import ChildProcess, ChildSpec, RestartPolicy, Restarts, describe_exit
 from server.control_server import ControlLink
+from server.exit_codes import EXIT_DONE, EXIT_FAILED
 from server.metrics_registry import MetricStore
 
 log = logging.getLogger(__name__)
 
-EXIT_STOPPED = 0
-EXIT_FAILED = 1
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -103,7 +102,7 @@ class Supervisor:
         self._announced = False
         self._draining = False
         self._failure = ""
-        self._exit_code = EXIT_STOPPED
+        self._exit_code = EXIT_DONE
         self._stopping = asyncio.Event()
         self._hurried = asyncio.Event()
 

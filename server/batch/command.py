@@ -16,10 +16,11 @@ from server.batch.lines import Line, survey, unanswered
 from server.batch.results import OutputError, Results, continue_output, new_errors
 from server.batch.run import run_batch
 from server.errors import ErrorBody
+from server.exit_codes import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, complain
 from server.runtime_directory import RuntimeDirectoryError, runtime_directory
 from server.settings import ServeSettings, load_settings
-from server.supervisor import EXIT_STOPPED
 
+COMMAND = "blockserve batch"
 DESCRIPTION = (
     "Answer the completion requests of a file in the format of OpenAI's batches, with engines of its own. A run that "
     "was interrupted goes on where it stopped: what has an answer in OUTPUT is not asked again. Lines that are no "
@@ -52,9 +53,6 @@ NO_LIMIT = 1 << 20
 """The queue of a batch is as long as the batch makes it."""
 REPORTS = 20
 """Lines on standard error about what was skipped; a file can have millions."""
-EXIT_INCOMPLETE = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 
 class Report:
@@ -92,27 +90,27 @@ def run_batch_command(options: argparse.Namespace) -> int:
     configure_logging(settings.log_config(), "batch")
     files = [path.resolve() for path in (options.input, options.output, options.errors) if path is not None]
     if len(set(files)) < len(files):
-        return _complain("INPUT, OUTPUT and the file of --errors have to be different files", EXIT_BAD_INPUT)
+        return complain(COMMAND, "INPUT, OUTPUT and the file of --errors have to be different files", EXIT_BAD_INPUT)
     try:
         with continue_output(options.output) as (results, answered), new_errors(options.errors) as errors:
             return _run(options.input, settings, results, answered, Report(options.input, errors))
     except OutputError as error:
-        return _complain(str(error), EXIT_BAD_INPUT)
+        return complain(COMMAND, str(error), EXIT_BAD_INPUT)
     except RuntimeDirectoryError as error:
-        return _complain(str(error), EXIT_INCOMPLETE)
+        return complain(COMMAND, str(error), EXIT_FAILED)
     except OSError as error:
-        return _complain(f"{error.filename or options.output}: {error.strerror}", EXIT_INCOMPLETE)
+        return complain(COMMAND, f"{error.filename or options.output}: {error.strerror}", EXIT_FAILED)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
 
 def _run(path: Path, settings: ServeSettings, results: Results, answered: set[str], report: Report) -> int:
     if path.exists() and not path.is_file():
-        return _complain(f"{path} is no regular file, and the input is read twice", EXIT_BAD_INPUT)
+        return complain(COMMAND, f"{path} is no regular file, and the input is read twice", EXIT_BAD_INPUT)
     try:
         found = survey(path, answered)
     except OSError as error:
-        return _complain(f"cannot read {path}: {error.strerror}", EXIT_BAD_INPUT)
+        return complain(COMMAND, f"cannot read {path}: {error.strerror}", EXIT_BAD_INPUT)
     for number, message in found.bad.items():
         report.unread(number, message)
     written = 0
@@ -136,10 +134,5 @@ def _run(path: Path, settings: ServeSettings, results: Results, answered: set[st
     unasked = found.left + len(found.bad) - written - report.skipped
     sys.stderr.write(summary + (f", {unasked} left: run the same command again\n" if unasked else "\n"))
     if stopped is not None:
-        return EXIT_INTERRUPTED if stopped == EXIT_STOPPED else EXIT_INCOMPLETE
-    return EXIT_INCOMPLETE if report.skipped or unasked else 0
-
-
-def _complain(message: str, code: int) -> int:
-    sys.stderr.write(f"blockserve batch: {message}\n")
-    return code
+        return EXIT_INTERRUPTED if stopped == EXIT_DONE else EXIT_FAILED
+    return EXIT_FAILED if report.skipped or unasked else 0

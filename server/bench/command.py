@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import contextlib
 import importlib.util
-import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
@@ -16,10 +15,10 @@ from server.bench.http_client import Address, get
 from server.bench.options import Load, OptionError, Plan, read_options
 from server.bench.report import append_json, plot, show_table, watch
 from server.bench.workers import WorkerError, module_process, start_workers
+from server.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, complain
 from server.version import version_info
 
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
+COMMAND = "blockserve bench"
 CLIENT_BOUND = 0.7
 """Share of the client's own ceiling from which on a figure is the client's as much as the server's."""
 
@@ -55,13 +54,13 @@ def run_bench(options: argparse.Namespace) -> int:
         if plan.plot is not None:
             plot(plan.plot, rows)
     except OptionError as error:
-        return _complain(str(error), EXIT_BAD_INPUT)
+        return complain(COMMAND, str(error), EXIT_BAD_INPUT)
     except (BenchError, WorkerError) as error:
-        return _complain(str(error), EXIT_FAILED)
+        return complain(COMMAND, str(error), EXIT_FAILED)
     except OSError as error:
-        return _complain(f"{error.filename}: {error.strerror}", EXIT_FAILED)
+        return complain(COMMAND, f"{error.filename}: {error.strerror}", EXIT_FAILED)
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
     return 0 if all(row["answers"] for row in rows) else EXIT_FAILED
 
 
@@ -153,8 +152,3 @@ def _about(plan: Plan, load: Load) -> dict[str, Any]:
 
 def _processes(plan: Plan, load: Load) -> int:
     return len(plan.works(load if load.concurrency else Load(concurrency=256), [plan.address]))
-
-
-def _complain(message: str, code: int) -> int:
-    sys.stderr.write(f"blockserve bench: {message}\n")
-    return code

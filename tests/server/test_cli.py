@@ -11,6 +11,7 @@ import pytest
 import engine
 from engine.types import InvalidRequestError, SamplingParams
 from server import cli
+from server.exit_codes import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from server.settings import ServeSettings, flag_name
 
 
@@ -41,7 +42,7 @@ def test_serve_passes_its_settings_and_exit_code_on(
 def test_a_bad_setting_is_one_line_on_standard_error(
     served: list[ServeSettings], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["serve", "--page-size", "9"]) == cli.EXIT_BAD_INPUT
+    assert cli.main(["serve", "--page-size", "9"]) == EXIT_BAD_INPUT
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("blockserve: --page-size: ")
@@ -57,7 +58,7 @@ def test_keys_may_be_given_again_and_again_and_are_shown_nowhere(
     monkeypatch.setenv("BLOCKSERVE_API_KEY", "sk-secret")
     with pytest.raises(SystemExit):
         cli.main(["serve", "--help"])
-    assert cli.main(["serve", "--api-key", "sk secret"]) == cli.EXIT_BAD_INPUT
+    assert cli.main(["serve", "--api-key", "sk secret"]) == EXIT_BAD_INPUT
     out, err = capsys.readouterr()
     assert "secret" not in out + err
 
@@ -81,7 +82,7 @@ def test_help_lists_every_setting_with_its_default(
 def test_what_is_not_understood(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
-    assert exit_.value.code == cli.EXIT_BAD_INPUT
+    assert exit_.value.code == EXIT_BAD_INPUT
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,13 +151,13 @@ def test_generate_with_no_text_to_add(llm: FakeLLM, capsys: pytest.CaptureFixtur
 
 def test_generate_prints_nothing_of_a_request_that_is_refused(llm: FakeLLM, capsys: pytest.CaptureFixture[str]) -> None:
     llm.error = InvalidRequestError("temperature", "prompt 0: temperature is wrong")
-    assert cli.main(["generate"]) == cli.EXIT_BAD_INPUT
+    assert cli.main(["generate"]) == EXIT_BAD_INPUT
     assert capsys.readouterr() == ("", "blockserve: temperature is wrong\n")
 
 
 def test_generate_interrupted(llm: FakeLLM) -> None:
     llm.error = KeyboardInterrupt()
-    assert cli.main(["generate"]) == cli.EXIT_INTERRUPTED
+    assert cli.main(["generate"]) == EXIT_INTERRUPTED
 
 
 def test_eval_prints_a_line_a_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,4 +169,4 @@ def test_eval_prints_a_line_a_document(tmp_path: Path, capsys: pytest.CaptureFix
     assert header == ["file", "document", "tokens", "bytes", "loss", "bits_per_byte"]
     assert [line[:2] for line in lines] == [["texts.txt", "0"], ["texts.txt", "1"], ["texts.txt", "all"]]
     assert sum(int(line[2]) for line in lines[:2]) == int(lines[2][2]) > 0
-    assert cli.main(["eval", str(tmp_path / "missing"), "--device", "cpu"]) == cli.EXIT_BAD_INPUT
+    assert cli.main(["eval", str(tmp_path / "missing"), "--device", "cpu"]) == EXIT_BAD_INPUT

@@ -141,13 +141,15 @@ def test_requests_that_wait_first_make_fewer_tokens_a_second(seconds: float, str
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_requests_that_will_fail_do_not_count_as_others_that_are_open(streamed: bool) -> None:
-    # Half of the places are never answered, and ask again after 15 s.
+@pytest.mark.parametrize("patience", [15, 100])
+def test_requests_that_will_fail_do_not_count_as_others_that_are_open(patience: int, streamed: bool) -> None:
+    # Half of the places are never answered, and ask again when they have lost their patience.
     good = closed_loop(128, 60, rows=128, lengths=range(100, 800))
-    stuck = [Asked(began, began, began + 15, 0) for place in range(128) for began in range(-(place % 15), 60, 15)]
+    offsets = [-place / 128 * patience for place in range(128)]
+    stuck = [Asked(at + turn, at + turn, at + turn + patience, 0) for at in offsets for turn in range(0, 160, patience)]
     asked, begin = [*good, *stuck], Begin(0, 20, 32)
     row = counted(asked, begin, streamed=streamed)
-    assert row["failures"] == sum(20 <= one.ended < 32 for one in stuck)
+    assert row["failures"] == sum(20 <= one.ended < 32 for one in stuck) > 10
     assert row["tok_s"] == pytest.approx(128 * SPEED, rel=0.03)
 
 
@@ -158,6 +160,16 @@ def test_what_ended_before_speaks_for_a_time_in_which_nothing_ends(streamed: boo
     assert (row["answers"], row["unfinished"]) == (0, 16)
     assert row["tok_s"] == pytest.approx(16 * SPEED, rel=0.01)
     assert row["prompt_tok_s"] == pytest.approx(16 * SPEED * PROMPT / 1600, rel=0.01)
+
+
+def test_open_streams_count_by_what_came_also_if_they_are_slower_than_those_before() -> None:
+    now = 0.0
+    tally = Tally(Begin(0, 10, 20), clock=lambda: now)
+    quick, slow = tally.opened(0.0), tally.opened(1.0)
+    now = 2.0
+    tally.answered(quick, [1.0, 2.0], Usage(4, 8), streamed=True)
+    slow.connection = Heard([5.0, 11.0, 13.0, 19.0, 20.01])
+    assert figures([tally.records()], start=10, end=20, service_level=None)["tokens"] == 12
 
 
 def test_nothing_is_known_of_requests_of_which_none_has_ended() -> None:

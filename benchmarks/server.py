@@ -103,7 +103,7 @@ class Count:
     def tokens_per_second(self, start: float, seconds: float) -> float:
         """Between the first and the last look in `seconds` from `start` on. Raises ValueError if there are not two.
 
-        Each look is up to a quarter of a second old (`FLUSH_S` of the API processes), so that of 8 s is good to 2%.
+        Each look is up to a quarter of a second old (`FLUSH_S` of the API processes), so a rate over 8 s may be 3% off.
         """
         inside = [look for look in self.looks if start <= look[0] <= start + seconds]
         if len(inside) < 2:

@@ -17,6 +17,7 @@ from benchmarks.device_waits import counted_waits
 from benchmarks.models import MODELS, WORKLOADS, BenchmarkModel, Workload
 from engine.config import DTYPES, EngineConfig
 from engine.core import EngineCore
+from engine.device import on_device
 from engine.model.build import build_model
 from engine.options import resolve_options
 from engine.page_pool import PagePool
@@ -122,12 +123,13 @@ def loaded_core(
     device = torch.device(config.device)
     free_device(device)
     kernels = select_kernels(device)
-    tensors = random_weights(model.config, getattr(torch, config.dtype), device, WEIGHTS_SEED, drawn_on=device)
-    if change is not None:
-        change(tensors)
-    built = build_model(model.config, tensors, kernels)
-    # Most of them are held a second time, transposed: the memory is the KV cache's.
-    del tensors
+    with on_device(device):
+        tensors = random_weights(model.config, getattr(torch, config.dtype), device, WEIGHTS_SEED, drawn_on=device)
+        if change is not None:
+            change(tensors)
+        built = build_model(model.config, tensors, kernels)
+        # Most of them are held a second time, transposed: the memory is the KV cache's.
+        del tensors
     core = EngineCore(name=model.name, config=config, model=built, kernels=kernels, make_pool=make_pool)
     # As the engine process does: what start-up made need not be looked at by the garbage collector again.
     gc.freeze()

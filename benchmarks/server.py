@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -36,6 +36,9 @@ from engine.model_files import find_model
 
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 256
 TTFT_REPEATS = 9
+FIRST_TOKENS = 4
+"""Of the answers whose first is timed."""
+LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,13 @@ class Served:
 def served(model: str | None, device: str | None, extra: list[str]) -> Iterator[Served]:
     """Start a server, wait until it is ready and has given its first token, and stop it afterwards.
 
-    Without `device`, `extra` says what it runs on.
+    Without `device`, `extra` says what it runs on. It logs warnings only, unless `extra` says otherwise: nobody reads a
+    line for each request.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = ["--port", str(port), *extra]
+    arguments = ["--port", str(port), "--log-level", "warning", *extra]
     if device is not None:
         arguments += ["--device", device]
     if model is not None:
@@ -84,32 +88,47 @@ def served(model: str | None, device: str | None, extra: list[str]) -> Iterator[
         process.wait(timeout=60)
 
 
+@dataclass(frozen=True)
 class Count:
-    """Tokens a second by the server's own counter."""
+    """What a server had handed on by its own counter, time after time: moments in Unix seconds, and tokens."""
 
-    tokens_per_second = 0.0
+    looks: list[tuple[float, float]] = field(default_factory=list)
+
+    def look(self, server: Served) -> None:
+        """Ask now. httpx.TransportError if the server does not answer."""
+        before = time.time()
+        tokens = sum(s.value for s in server.samples() if s.name == "blockserve_generation_tokens_total")
+        self.looks.append(((before + time.time()) / 2, tokens))
+
+    def tokens_per_second(self, start: float, seconds: float) -> float:
+        """Between the first and the last look in `seconds` from `start` on. Raises ValueError if there are not two.
+
+        Each look is up to a quarter of a second old (`FLUSH_S` of the API processes), so a rate over 8 s may be 3% off.
+        """
+        inside = [look for look in self.looks if start <= look[0] <= start + seconds]
+        if len(inside) < 2:
+            raise ValueError(f"{seconds:g} s are too short: the counter is read every {LOOK_S:g} s")
+        (began, before), (ended, after) = inside[0], inside[-1]
+        return (after - before) / (ended - began)
 
 
 @contextmanager
-def counted(server: Served, after: float, seconds: float) -> Iterator[Count]:
-    """Count what the server hands on in a window of so many seconds, which begins `after` seconds from here."""
-    count = Count()
-
-    def look() -> tuple[float, float]:
-        tokens = sum(s.value for s in server.samples() if s.name == "blockserve_generation_tokens_total")
-        return time.monotonic(), tokens
+def counted(server: Served) -> Iterator[Count]:
+    """Read the server's counter of tokens every LOOK_S; answers that do not come are left out."""
+    count, over = Count(), threading.Event()
 
     def watch() -> None:
-        time.sleep(after)
-        began, before = look()
-        time.sleep(seconds)
-        ended, then = look()
-        count.tokens_per_second = (then - before) / (ended - began)
+        while not over.wait(LOOK_S):
+            with suppress(httpx.TransportError):
+                count.look(server)
 
     watching = threading.Thread(target=watch)
     watching.start()
-    yield count
-    watching.join()
+    try:
+        yield count
+    finally:
+        over.set()
+        watching.join()
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
@@ -173,13 +192,13 @@ async def throughput(served_model: Served, streams: int) -> dict[str, Any]:
 
 
 async def first_token(served_model: Served, prompt_tokens: int) -> float:
-    """Median seconds to the first token of an idle server."""
+    """Median seconds to the first token of an idle server. The model's length has to hold FIRST_TOKENS more."""
     rng = random.Random(prompt_tokens)
     async with httpx.AsyncClient(base_url=served_model.url, timeout=60) as client:
         answers = []
         for _ in range(TTFT_REPEATS):
             prompt = [rng.randrange(1, served_model.config.vocab_size) for _ in range(prompt_tokens)]
-            answers.append(await stream_one(client, prompt, 4))
+            answers.append(await stream_one(client, prompt, FIRST_TOKENS))
     return statistics.median(answer.first for answer in answers)
 
 

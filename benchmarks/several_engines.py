@@ -3,9 +3,10 @@
     python -m benchmarks.several_engines --model DIR --devices 0 1 [--open 1024] [--workloads D P]
 
 Starts `blockserve serve` on the first device, then on all, and loads each as `blockserve bench` does, with `--open`
-requests an engine. Under the last load one engine is killed: no more requests may fail than it had, each with an error
-that says so, the others go on, and it serves again. Appends the rows to benchmarks/results/several_engines.jsonl and
-ends with one JSON line; exits with 1 if the dead engine cost more than its own requests or did not come back.
+requests an engine. Throughput is the client's, and that of the server's own counter, of which the gain is. Under the
+last load one engine is killed: no more requests may fail than it had, each with an error that says so, the others go
+on, and it serves again. Appends the rows to benchmarks/results/several_engines.jsonl and ends with one JSON line; exits
+with 1 if the dead engine cost more than its own requests or did not come back.
 """
 
 import argparse
@@ -21,10 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.front_end_scale import bench
+from benchmarks.front_end_scale import counted_bench
 from benchmarks.models import WORKLOADS
 from benchmarks.results import append, provenance
-from benchmarks.server import Served, counted, served
+from benchmarks.server import Served, served
 
 SPREAD = 0.5
 """Answers are between this share of a workload's tokens and as much above it: all of one length would end at once."""
@@ -39,11 +40,9 @@ def lengths(workload: str, scale: float) -> list[str]:
 
 
 def load(options: argparse.Namespace, server: Served, workload: str, seconds: float) -> dict[str, Any]:
-    """The row of one load. `options.open` and `options.workers` are those of all engines here."""
-    flags = [*lengths(workload, options.scale), "--url", server.url, "--no-stream"]
-    with counted(server, options.warm_up + 1, seconds - 1) as count:
-        row = bench(options, *flags, "--seconds", str(seconds), "--warm-up", str(options.warm_up))
-    return row | {"server_tok_s": count.tokens_per_second}
+    """The row of one load, with `server_tok_s`. `options.open` and `options.workers` are those of all engines here."""
+    flags = [*lengths(workload, options.scale), "--no-stream"]
+    return counted_bench(options, server, *flags, "--seconds", str(seconds), "--warm-up", str(options.warm_up))
 
 
 def gauge(server: Served, name: str, engine: int) -> float:
@@ -96,6 +95,7 @@ def kill_under_load(options: argparse.Namespace, server: Served, workload: str) 
         "failures": found["failures"],
         "errors": found["errors"],
         "tok_s": found["tok_s"],
+        "server_tok_s": found["server_tok_s"],
         "restart_s": restart_s if back else None,
         "start_s": server.seconds_to_ready,
         "only_its_own_failed": found["failures"] <= excused,
@@ -121,19 +121,20 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 def show(rows: list[dict[str, Any]]) -> None:
     """Print throughput with its gain over one engine, and the death."""
     *loads, death = rows
-    single = {row["workload"]: row["tok_s"] for row in loads if len(row["devices"]) == 1}
+    single = {row["workload"]: row["server_tok_s"] for row in loads if len(row["devices"]) == 1}
     table = Table(title=f"several engines, commit {death['commit']}")
-    for column in ("workload", "devices", "tok/s", "of one", "failed"):
+    for column in ("workload", "devices", "client's tok/s", "server's", "of one", "failed"):
         table.add_column(column, justify="right")
     for row in loads:
-        gain = f"{row['tok_s'] / single[row['workload']]:.2f}x"
-        name = row["workload"]
-        table.add_row(name, " ".join(row["devices"]), f"{row['tok_s']:,.0f}", gain, str(row["failures"]))
+        gain = f"{row['server_tok_s'] / single[row['workload']]:.2f}x"
+        rates = (f"{row[name]:,.0f}" for name in ("tok_s", "server_tok_s"))
+        table.add_row(row["workload"], " ".join(row["devices"]), *rates, gain, str(row["failures"]))
     Console(width=100).print(table)
     back = "it did not come back" if death["restart_s"] is None else f"back after {death['restart_s']:.1f} s"
+    rate = f"{death['server_tok_s']:,.0f} tok/s"
     print(
         f"an engine with {death['held_by_the_dead']:.0f} requests was killed: {death['failures']} failed "
-        f"({death['errors']}), {back} (first start: {death['start_s']:.1f} s), {death['tok_s']:,.0f} tok/s over it all"
+        f"({death['errors']}), {back} (first start: {death['start_s']:.1f} s), {rate} over it all"
     )
 
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from server.bench.messages import Records
+from server.bench.window import Seconds, join, tokens_inside
 
 PERCENTILES = (50, 90, 99)
-Seconds = NDArray[np.float64]
 
 
 class ServiceLevel(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,20 +52,20 @@ def figures(
 ) -> dict[str, Any]:
     """What was measured between two moments; None stands for the end of the last answer. Latencies in ms.
 
+    Answers, their latencies and the goodput are of what ended between the two, tokens of what came between them
+    (`server.bench.window`).
     ttft: from the request to the first text. tpot: from the first delivery to the last, divided by the tokens but one.
     itl: the gap between two deliveries, however many tokens a delivery has. e2e: from the request to the whole answer.
     """
-    joined = {
-        name: np.concatenate([np.frombuffer(getattr(one, name), dtype=np.float64) for one in records])
-        for name in ("ended", "end_to_end", "first_token", "last_token", "prompt_tokens", "output_tokens", "gaps")
-    }
-    answers = len(joined["ended"])
+    ended, end_to_end, first_token = (join(records, name) for name in ("ended", "end_to_end", "first_token"))
+    answers = len(ended)
     if end is None:
-        end = float(joined["ended"].max()) if answers else start
+        end = float(ended.max()) if answers else start
     seconds = max(end - start, 1e-9)
-    tokens = joined["output_tokens"]
+    tokens, prompt_tokens = tokens_inside(records, start, end)
     # The time per token of an answer of one token is not defined.
-    tpot = np.divide(joined["last_token"], tokens - 1, out=np.full(answers, np.nan), where=tokens > 1)
+    intervals = join(records, "output_tokens") - 1
+    tpot = np.divide(join(records, "last_token"), intervals, out=np.full(answers, np.nan), where=intervals > 0)
     errors: Counter[str] = Counter()
     for one in records:
         errors.update(one.errors)
@@ -77,17 +76,17 @@ def figures(
         "errors": dict(sorted(errors.items())),
         "unfinished": sum(one.unfinished for one in records),
         "requests_s": round(answers / seconds, 3),
-        "tok_s": round(float(tokens.sum()) / seconds, 1),
-        "prompt_tok_s": round(float(joined["prompt_tokens"].sum()) / seconds, 1),
-        "tokens": int(tokens.sum()),
-        "prompt_tokens": int(joined["prompt_tokens"].sum()),
-        "ttft_ms": spread(joined["first_token"]),
+        "tok_s": round(tokens / seconds, 1),
+        "prompt_tok_s": round(prompt_tokens / seconds, 1),
+        "tokens": round(tokens),
+        "prompt_tokens": round(prompt_tokens),
+        "ttft_ms": spread(first_token),
         "tpot_ms": spread(tpot),
-        "itl_ms": spread(joined["gaps"]),
-        "e2e_ms": spread(joined["end_to_end"]),
+        "itl_ms": spread(join(records, "gaps")),
+        "e2e_ms": spread(end_to_end),
     }
     if service_level is not None:
-        good = _good(service_level, joined["first_token"], tpot, joined["end_to_end"])
+        good = _good(service_level, first_token, tpot, end_to_end)
         row["goodput_requests_s"] = round(good / seconds, 3)
         row["goodput_share"] = round(good / max(1, answers + errors.total()), 4)
     return row

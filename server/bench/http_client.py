@@ -6,7 +6,7 @@ The parser is httptools', all chunks that come together make one wake-up, and th
 import asyncio
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self, cast
 from urllib.parse import urlsplit
@@ -85,6 +85,11 @@ class HttpConnection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_connection(cls, address.host, address.port, ssl=context)
         return connection
+
+    @property
+    def deliveries(self) -> Sequence[float]:
+        """When text of the answer under way came, until now."""
+        return self._deliveries
 
     @property
     def usable(self) -> bool:

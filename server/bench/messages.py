@@ -64,7 +64,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Begin(msgspec.Struct, frozen=True):
-    """When to send the first request, and what is measured: answers that end from `measure_from` to `end`."""
+    """When to send the first request, and what is measured: from `measure_from` to `end`."""
 
     start: float
     measure_from: float
@@ -79,8 +79,21 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
     tokens: int
 
 
+class Sums(msgspec.Struct):
+    """Answers, all together."""
+
+    tokens: int = 0
+    prompt_tokens: int = 0
+    seconds: float = 0.0
+    """From each one's request to its end."""
+    deliveries: int = 0
+
+
 class Records(msgspec.Struct, frozen=True, kw_only=True, tag="records"):
-    """What ended in the measured time. Arrays are of float64, an item an answer, seconds where nothing else is said."""
+    """What ended in the measured time, and what `server.bench.window` needs to know of the rest.
+
+    Arrays are of float64, an item an answer, seconds where nothing else is said.
+    """
 
     ended: bytes
     """Moments."""
@@ -91,12 +104,24 @@ class Records(msgspec.Struct, frozen=True, kw_only=True, tag="records"):
     """From the first delivery to the last; NaN likewise."""
     prompt_tokens: bytes
     output_tokens: bytes
+    delivered: bytes
+    """Deliveries; 0 for an answer without text, or not streamed."""
+    delivered_inside: bytes
+    """Those in the measured time."""
     gaps: bytes
     """Between any two deliveries of an answer, of all answers."""
+    failed_after: bytes
+    """Of each failed request, from its sending on."""
     errors: dict[str, int]
     """Failed requests by what went wrong."""
+    earlier: Sums
+    """Answers that ended before."""
     unfinished: int
     """Requests that were open when the time was over."""
+    open_seconds: float
+    """How much of the measured time they were open, all together."""
+    open_deliveries: int
+    """How many deliveries they had in it."""
     cpu_seconds: float
     """Of the worker, all its life."""
 

@@ -7,15 +7,16 @@ import random
 import sys
 import time
 from array import array
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import uvloop
 
 from engine.control import become_child
 from server.bench.http_client import HttpConnection, Response, post
-from server.bench.messages import Begin, Progress, Ready, Records, Work, encode
+from server.bench.messages import Begin, Progress, Ready, Records, Sums, Work, encode
 from server.bench.traffic import Traffic, arrivals
 
 PROGRESS_S = 0.25
@@ -66,12 +67,27 @@ def read_usage(response: Response, *, streamed: bool) -> Usage:
     return answer.usage
 
 
+class Request:
+    """One that is under way."""
+
+    __slots__ = ("began", "connection")
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self.connection: HttpConnection | None = None
+
+
 class Tally:
     """What came of the requests: all of them for the progress, those that end in the measured time for the records."""
 
-    def __init__(self, begin: Begin) -> None:
+    def __init__(self, begin: Begin, clock: Callable[[], float] = time.monotonic) -> None:
         self._begin = begin
-        self.answers = self.failures = self.tokens = self.open = 0
+        self._clock = clock
+        self.answers = self.failures = self.tokens = 0
+        self._open: set[Request] = set()
+        self._earlier = Sums()
+        self._late = self._open_deliveries = 0
+        self._open_seconds = 0.0
         self._errors: Counter[str] = Counter()
         self._ended = array("d")
         self._end_to_end = array("d")
@@ -79,40 +95,73 @@ class Tally:
         self._last_token = array("d")
         self._prompt_tokens = array("d")
         self._output_tokens = array("d")
+        self._delivered = array("d")
+        self._delivered_inside = array("d")
         self._gaps = array("d")
+        self._failed_after = array("d")
 
-    def answered(self, began: float, deliveries: list[float], usage: Usage, *, streamed: bool) -> None:
-        """One answer, now."""
-        now = time.monotonic()
+    def opened(self, began: float) -> Request:
+        """A request whose time runs from `began`."""
+        request = Request(began)
+        self._open.add(request)
+        return request
+
+    def answered(self, request: Request, deliveries: Sequence[float], usage: Usage, *, streamed: bool) -> None:
+        """The answer to an open request, now."""
+        now, began = self._clock(), request.began
+        self._open.remove(request)
         self.answers += 1
         self.tokens += usage.completion_tokens
-        if not self._measured(now):
-            return
         timed = streamed and bool(deliveries)
+        if now < self._begin.measure_from:
+            self._earlier.tokens += usage.completion_tokens
+            self._earlier.prompt_tokens += usage.prompt_tokens
+            self._earlier.seconds += now - began
+            self._earlier.deliveries += len(deliveries) if timed else 0
+            return
+        if now >= self._begin.end:
+            self._outlasted(request, deliveries)
+            return
         self._ended.append(now)
         self._end_to_end.append(now - began)
         self._first_token.append(deliveries[0] - began if timed else math.nan)
         self._last_token.append(deliveries[-1] - deliveries[0] if timed else math.nan)
         self._prompt_tokens.append(usage.prompt_tokens)
         self._output_tokens.append(usage.completion_tokens)
+        self._delivered.append(len(deliveries) if timed else 0)
+        self._delivered_inside.append(self._inside(deliveries) if timed else 0)
         if timed:
             self._gaps.extend([after - before for before, after in zip(deliveries, deliveries[1:], strict=False)])
 
-    def failed(self, kind: str) -> None:
-        """One failure, now."""
+    def failed(self, request: Request, kind: str) -> None:
+        """The failure of an open request, now."""
+        now = self._clock()
+        self._open.remove(request)
         self.failures += 1
-        if self._measured(time.monotonic()):
+        if now >= self._begin.end:
+            self._outlasted(request, ())
+        elif now >= self._begin.measure_from:
             self._errors[kind] += 1
+            self._failed_after.append(now - request.began)
 
-    def _measured(self, now: float) -> bool:
-        return self._begin.measure_from <= now < self._begin.end
+    def _outlasted(self, request: Request, deliveries: Sequence[float]) -> None:
+        """A request was open when the time was over, whatever came of it then."""
+        self._late += 1
+        self._open_seconds += max(0.0, self._begin.end - max(request.began, self._begin.measure_from))
+        self._open_deliveries += self._inside(deliveries)
+
+    def _inside(self, deliveries: Sequence[float]) -> int:
+        """How many lie in the measured time."""
+        return bisect_left(deliveries, self._begin.end) - bisect_left(deliveries, self._begin.measure_from)
 
     def progress(self) -> Progress:
         """Until now."""
         return Progress(self.answers, self.failures, self.tokens)
 
     def records(self) -> Records:
-        """All there is to know, at the end."""
+        """All there is to know, at the end. What is open now was so when the time was over."""
+        for request in self._open:
+            self._outlasted(request, () if request.connection is None else request.connection.deliveries)
         return Records(
             ended=self._ended.tobytes(),
             end_to_end=self._end_to_end.tobytes(),
@@ -120,9 +169,15 @@ class Tally:
             last_token=self._last_token.tobytes(),
             prompt_tokens=self._prompt_tokens.tobytes(),
             output_tokens=self._output_tokens.tobytes(),
+            delivered=self._delivered.tobytes(),
+            delivered_inside=self._delivered_inside.tobytes(),
             gaps=self._gaps.tobytes(),
+            failed_after=self._failed_after.tobytes(),
             errors=dict(self._errors),
-            unfinished=self.open,
+            earlier=self._earlier,
+            unfinished=self._late,
+            open_seconds=self._open_seconds,
+            open_deliveries=self._open_deliveries,
             cpu_seconds=time.process_time(),
         )
 
@@ -160,10 +215,10 @@ class Asker:
     async def _ask(self, body: bytes, began: float) -> bool:
         """One request; whether it was answered. Its time runs from `began`, also if it is sent later."""
         tally, streamed = self._tally, self._work.streamed
-        tally.open += 1
+        request = tally.opened(began)
         try:
             async with asyncio.timeout(self._work.timeout_s):
-                connection = await self._connection()
+                request.connection = connection = await self._connection()
                 response = await connection.request(body)
             if connection.usable:
                 self._idle.append(connection)
@@ -175,11 +230,9 @@ class Asker:
         except FailedError as error:
             kind = str(error)
         else:
-            tally.open -= 1
-            tally.answered(began, response.deliveries, usage, streamed=streamed)
+            tally.answered(request, response.deliveries, usage, streamed=streamed)
             return True
-        tally.open -= 1
-        tally.failed(kind)
+        tally.failed(request, kind)
         return False
 
     async def _connection(self) -> HttpConnection:

@@ -27,9 +27,13 @@ def test_a_killed_engine_costs_its_own_requests_and_comes_back(capsys: pytest.Ca
         ("D", ["cpu", "cpu"], 4),
     ]
     assert all(row["answers"] > 0 and row["failures"] == 0 for row in (one, two))
+    # Within 2 s a counter that is a quarter of a second old may be an eighth off, and the machine is busy.
+    assert all(row["server_tok_s"] == pytest.approx(row["tok_s"], rel=0.35) for row in (one, two))
     assert 1 <= death["failures"] <= death["held_by_the_dead"] + 1
     assert death["errors"] == {"status 503": death["failures"]}
     assert death["only_its_own_failed"]
     assert 0 < death["restart_s"] < 30
     show(rows)
-    assert f"{death['failures']} failed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{death['failures']} failed" in out
+    assert f"{two['server_tok_s'] / one['server_tok_s']:.2f}x" in out

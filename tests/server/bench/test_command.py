@@ -72,8 +72,10 @@ async def test_several_workers_share_a_load() -> None:
 
 async def test_a_time_is_measured() -> None:
     async with listening(Harness()) as server:
+        began = time.time()
         (row,) = await bench(server.port, "--concurrency", "2", "--seconds", "0.5", "--warm-up", "0.3")
     assert row["seconds"] == 0.5
+    assert began + 0.3 <= row["measured_from"] <= time.time() - 0.5
     assert row["answers"] > 5
     assert row["unfinished"] <= 2
 
@@ -126,7 +128,8 @@ async def test_the_ceiling_needs_no_server_and_marks_what_it_binds() -> None:
     assert alone["url"] == "canned"
     assert alone["failures"] == 0
     assert alone["tok_s"] > 1000
-    assert alone["tokens"] == alone["answers"] * 128
+    # As many have begun before it as end after it.
+    assert alone["tokens"] == pytest.approx(alone["answers"] * 128, rel=0.2)
     harness = Harness()
     async with listening(harness) as server:
         (row,) = await bench(server.port, "--with-ceiling", "--concurrency", "4", "--seconds", "0.5")

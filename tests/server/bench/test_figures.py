@@ -7,7 +7,20 @@ from typing import Any
 import pytest
 
 from server.bench.figures import ServiceLevel, ServiceLevelError, figures, parse_service_level
-from server.bench.messages import Records
+from server.bench.messages import Records, Sums
+
+COLUMNS: dict[str, list[float]] = {
+    "ended": [1.0, 2.0, 3.0],
+    "end_to_end": [0.2, 0.4, 0.1],
+    "first_token": [0.05, 0.2, 0.1],
+    "last_token": [0.1, 0.2, 0.0],
+    "prompt_tokens": [5, 6, 7],
+    "output_tokens": [11, 21, 1],
+    "delivered": [2, 3, 1],
+    "delivered_inside": [2, 3, 1],
+    "gaps": [0.01, 0.03],
+    "failed_after": [],
+}
 
 
 def packed(values: list[float]) -> bytes:
@@ -16,18 +29,10 @@ def packed(values: list[float]) -> bytes:
 
 def records(**fields: Any) -> Records:
     """Of three answers, of 11, 21 and 1 tokens, that ended at 1, 2 and 3 s."""
-    columns: dict[str, list[float]] = {
-        "ended": [1.0, 2.0, 3.0],
-        "end_to_end": [0.2, 0.4, 0.1],
-        "first_token": [0.05, 0.2, 0.1],
-        "last_token": [0.1, 0.2, 0.0],
-        "prompt_tokens": [5, 6, 7],
-        "output_tokens": [11, 21, 1],
-        "gaps": [0.01, 0.03],
-    }
-    plain = {"errors": {}, "unfinished": 0, "cpu_seconds": 1.0}
+    plain: dict[str, Any] = {"errors": {}, "earlier": Sums(), "cpu_seconds": 1.0}
+    plain |= {"unfinished": 0, "open_seconds": 0.0, "open_deliveries": 0}
     plain |= {name: value for name, value in fields.items() if name in plain}
-    columns |= {name: value for name, value in fields.items() if name in columns}
+    columns = COLUMNS | {name: value for name, value in fields.items() if name in COLUMNS}
     return Records(**{name: packed(values) for name, values in columns.items()}, **plain)  # type: ignore[arg-type]
 
 
@@ -43,9 +48,12 @@ def test_without_an_end_the_last_answer_is_it() -> None:
 
 def test_percentiles_are_those_between_the_sorted_values() -> None:
     hundred = [number / 1000 for number in range(101)]
-    columns = ("ended", "end_to_end", "first_token", "last_token", "prompt_tokens", "output_tokens")
+    columns = ("ended", "end_to_end", "first_token", "last_token", "prompt_tokens", "output_tokens", "delivered")
     row = figures(
-        [records(**{name: list(reversed(hundred)) for name in columns})], start=0.0, end=1.0, service_level=None
+        [records(**{name: list(reversed(hundred)) for name in (*columns, "delivered_inside")})],
+        start=0.0,
+        end=1.0,
+        service_level=None,
     )
     assert row["e2e_ms"] == {"mean": 50.0, "p50": 50.0, "p90": 90.0, "p99": 99.0}
     assert row["ttft_ms"] == row["e2e_ms"]
@@ -66,8 +74,7 @@ def test_whole_answers_have_no_times_between() -> None:
 
 
 def test_no_answer_at_all() -> None:
-    columns = ("ended", "end_to_end", "first_token", "last_token", "prompt_tokens", "output_tokens", "gaps")
-    empty = records(**{name: [] for name in columns}, errors={"status 500": 3})
+    empty = records(**{name: [] for name in COLUMNS}, errors={"status 500": 3})
     row = figures([empty], start=0.0, end=None, service_level=ServiceLevel(e2e=1.0))
     assert (row["answers"], row["failures"], row["tok_s"], row["goodput_share"]) == (0, 3, 0.0, 0.0)
 

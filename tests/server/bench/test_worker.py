@@ -59,8 +59,8 @@ def test_only_what_ends_in_the_measured_time_is_recorded() -> None:
     now = time.monotonic()
     early, measured = Tally(Begin(now, now + 60, now + 90)), Tally(Begin(now, now, now + 60))
     for tally in (early, measured):
-        tally.answered(now, [now + 1, now + 1.5, now + 3], Usage(2, 9), streamed=True)
-        tally.failed("timeout")
+        tally.answered(tally.opened(now), [now + 1, now + 1.5, now + 3], Usage(2, 9), streamed=True)
+        tally.failed(tally.opened(now), "timeout")
         assert (tally.answers, tally.failures, tally.tokens) == (1, 1, 9)
     assert floats(early.records().ended) == []
     assert early.records().errors == {}
@@ -72,11 +72,23 @@ def test_only_what_ends_in_the_measured_time_is_recorded() -> None:
     assert records.errors == {"timeout": 1}
 
 
+def test_what_ends_after_the_measured_time_was_open_at_its_end() -> None:
+    now = 0.0
+    tally = Tally(Begin(0, 10, 20), clock=lambda: now)
+    requests = [tally.opened(began) for began in (5.0, 12.0, 19.0, 20.5)]
+    now = 20.1
+    tally.answered(requests[0], [9.0, 11.0, 19.0, 20.1], Usage(2, 16), streamed=True)
+    tally.failed(requests[1], "timeout")
+    records = tally.records()
+    assert (floats(records.ended), records.errors) == ([], {})
+    assert (records.unfinished, records.open_seconds, records.open_deliveries) == (4, 10.0 + 8.0 + 1.0, 2)
+
+
 async def test_a_whole_answer_has_one_moment() -> None:
     now = time.monotonic()
     tally = Tally(Begin(now, now, now + 60))
     await asyncio.sleep(0.01)
-    tally.answered(now, [time.monotonic()], Usage(2, 9), streamed=False)
+    tally.answered(tally.opened(now), [time.monotonic()], Usage(2, 9), streamed=False)
     records = tally.records()
     assert math.isnan(floats(records.first_token)[0])
     assert floats(records.gaps) == []

@@ -5,11 +5,13 @@
 Log-normal lengths with the means of the workload, answers that end by EOS, a third each greedy, at temperature 1 and
 with top-k and top-p, shuffled free pages (benchmarks/traffic.py). First a batch of fixed lengths measures capacity;
 then requests arrive as a Poisson process at 90% of it, fed by the clock while the engine steps. Tokens are counted from
-the moment a third of the requests has arrived to the last arrival; behind it the batch shrinks, and what is open is
-given up. Where answers are longer than prompts, the batch begins in the steady state (benchmarks/steady_state.py), of
-which nothing is counted but what its rows give in the counted time. Otherwise it begins empty: rows are open for a
-short time, and most of their cost is their prompt, which comes before the first token. "rows open" are those that
-decode as the counted time begins (its first tenth), on average, and as it ends: alike where the state was steady.
+the moment a share of the requests has arrived to the last arrival; once that has had its first tokens, what is open is
+given up. Where answers are longer than prompts, the batch begins in the steady state (benchmarks/steady_state.py), and
+the share is a tenth; of what was opened before, nothing is counted but the tokens that come in the counted time.
+Otherwise it begins empty, and the share is a third: rows are open for a short time then, and most of their cost is
+their prompt, which comes before the first token. "rows open" are those that decode in the first tenth of the counted
+time, in all of it, and in its last tenth, on average: alike where the state was steady, and as many as the batch has
+where the engine could not keep up.
 With --saturated, all mixed requests come at once instead, and the whole time counts, as for fixed lengths. Appends a
 row for each cell to benchmarks/results/mixed.jsonl and ends with one JSON line.
 """

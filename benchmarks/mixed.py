@@ -1,20 +1,25 @@
 """Measures the engine under traffic as users make it, against batches of one length in the same run.
 
-    python -m benchmarks.mixed [--models block-1.2B ...] [--workloads P D] [--batches 4] [--saturated]
+    python -m benchmarks.mixed [--models block-1.2B ...] [--workloads P D] [--batches N] [--saturated]
 
 Log-normal lengths with the means of the workload, answers that end by EOS, a third each greedy, at temperature 1 and
 with top-k and top-p, shuffled free pages (benchmarks/traffic.py). First a batch of fixed lengths measures capacity;
 then requests arrive as a Poisson process at 90% of it, fed by the clock while the engine steps. Tokens are counted from
-the moment a third of the requests has arrived to the last arrival: before it the batch grows, behind it it shrinks.
+the moment a share of the requests has arrived to the last arrival; once that has had its first tokens, what is open is
+given up. Where answers are longer than prompts, the batch begins in the steady state (benchmarks/steady_state.py), and
+the share is a tenth; of what was opened before, nothing is counted but the tokens that come in the counted time.
+Otherwise it begins empty, and the share is a third: rows are open for a short time then, and most of their cost is
+their prompt, which comes before the first token. "rows open" are those that decode in the first tenth of the counted
+time, in all of it, and in its last tenth, on average: alike where the state was steady, and as many as the batch has
+where the engine could not keep up.
 With --saturated, all mixed requests come at once instead, and the whole time counts, as for fixed lengths. Appends a
 row for each cell to benchmarks/results/mixed.jsonl and ends with one JSON line.
 """
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,18 +27,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.drive import Clock, Course, Drivable, Drive, at_once
 from benchmarks.harness import add_engine_arguments, describe, engine_config, loaded_core, warm_up
 from benchmarks.models import MODELS, WORKLOADS, BenchmarkModel, Workload
 from benchmarks.results import append, provenance
+from benchmarks.steady_state import open_rows, rows_in_steady_state
 from benchmarks.traffic import (
     LONGEST,
-    Arrival,
+    Traffic,
     always_say_eos,
     fixed_requests,
-    mixed_requests,
-    poisson,
     shuffled_pool,
-    wanted_tokens,
 )
 from engine.core import EngineCore
 from engine.types import GenerationRequest
@@ -42,80 +46,43 @@ OFFERED = 0.9
 """Share of the capacity."""
 REQUIRED = 0.85
 """Share of the fixed-length figure that mixed traffic has to reach."""
-RAMP = 1 / 3
+FROM_EMPTY_RAMP = 1 / 3
+STEADY_RAMP = 0.1
 """Share of the requests after whose arrival tokens are counted."""
 FIXED_BATCHES = 2
+"""Fixed and saturated requests, in full batches, as benchmarks.engine has them."""
+FROM_EMPTY_BATCHES = 4
+STEADY_BATCHES = 1
+"""Requests that arrive, in full batches. One arrives in a little more than the time of one answer."""
+EDGE = 0.1
+"""Share of the counted time that tells of its start, or of its end."""
 PERCENTILES = (50, 90, 99)
 
 
-@dataclass
-class Course:
-    """What happened to a list of arrivals. Moments are seconds from its start."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-    rows: int = 0
-    steps: list[tuple[float, int, int]] = field(default_factory=list)
-    """(moment of its return, rows, tokens) of each step that gave something."""
-    first_tokens: list[tuple[float, float]] = field(default_factory=list)
-    """(moment of arrival, seconds from there to the first tokens)."""
-
-    def tokens_between(self, begin: float, end: float) -> int:
-        """Tokens given in [begin, end)."""
-        return sum(tokens for moment, _, tokens in self.steps if begin <= moment < end)
-
-    def first_token_times(self, begin: float, end: float) -> list[float]:
-        """Seconds to the first tokens of the requests that arrived in [begin, end)."""
-        return [seconds for arrival, seconds in self.first_tokens if begin <= arrival < end]
-
-    def block_times(self, begin: float, end: float) -> np.ndarray:
-        """Seconds between a row's blocks, once for each row of each step in [begin, end): those between steps."""
-        moments, rows, _ = np.array([(begin, 0, 0), *self.steps]).T
-        counted = np.where((begin <= moments[1:]) & (moments[1:] < end), rows[1:], 0).astype(int)
-        return np.diff(moments).repeat(counted)
+def run_at_once(core: Drivable, requests: Sequence[GenerationRequest]) -> Course:
+    """All of them from the start to their ends."""
+    drive = Drive(core)
+    drive.begin(at_once(requests))
+    return drive.to_the_end()
 
 
-def drive(core: EngineCore, arrivals: Sequence[Arrival]) -> Course:
-    """Submit each request at its moment, step until all are answered, sleep where there is nothing to do.
+def run_arrivals(
+    core: Drivable, traffic: Traffic, number: int, steady_rows: int, clock: Clock | None = None
+) -> tuple[Course, float, float]:
+    """Let `number` requests arrive; what came of it, and of that what is counted: from when to when.
 
-    Raises RuntimeError where another number of tokens comes than the requests ask for.
+    The batch begins in the steady state, which takes `steady_rows` rows at most, or empty where that is 0. Goes on
+    until the last arrival has had its first tokens. Raises RuntimeError where the steady state is not found.
     """
-    course = Course()
-    moments = {arrival.request.request_id: arrival.seconds for arrival in arrivals}
-    submitted = 0
-    started = time.perf_counter()
-    while submitted < len(arrivals) or core.has_work:
-        now = time.perf_counter() - started
-        due = submitted
-        while due < len(arrivals) and arrivals[due].seconds <= now:
-            due += 1
-        if due > submitted:
-            core.add([(arrival.request.request_id, arrival.request) for arrival in arrivals[submitted:due]])
-            submitted = due
-        if not core.has_work:
-            time.sleep(max(0.0, arrivals[submitted].seconds - now))
-            continue
-        report = core.step()
-        if report is None:
-            continue
-        moment = time.perf_counter() - started
-        tokens = report.deltas.tokens
-        course.steps.append((moment, report.rows, tokens))
-        course.tokens += tokens
-        course.rows = max(course.rows, report.rows)
-        for _, delta in report.deltas:
-            if delta.timing is not None:
-                arrived = moments[delta.request_id]
-                course.first_tokens.append((arrived, moment - arrived))
-    course.seconds = time.perf_counter() - started
-    if course.tokens != (wanted := wanted_tokens([arrival.request for arrival in arrivals])):
-        raise RuntimeError(f"{course.tokens} tokens came and not {wanted}: answers did not end where they should")
-    return course
-
-
-def at_once(requests: Sequence[GenerationRequest]) -> list[Arrival]:
-    """All of them at the start."""
-    return [Arrival(0.0, request) for request in requests]
+    drive = Drive(core, clock)
+    arrivals = traffic.arrivals(number)
+    if steady_rows:
+        open_rows(drive, traffic, rows_in_steady_state(drive, traffic, number, steady_rows))
+    drive.begin(arrivals)
+    course = drive.until(lambda: drive.all_came and drive.all_speak)
+    drive.stop()
+    ramp = STEADY_RAMP if steady_rows else FROM_EMPTY_RAMP
+    return course, arrivals[int(ramp * number)].seconds, arrivals[-1].seconds
 
 
 def measure_cell(
@@ -124,37 +91,75 @@ def measure_cell(
     """Capacity with fixed lengths, then mixed traffic; the figures of both."""
     generator = np.random.default_rng(1)
     vocabulary = model.config.vocab_size
-    fixed = drive(core, at_once(fixed_requests(workload, FIXED_BATCHES * rows, vocabulary, generator)))
+    fixed = run_at_once(core, fixed_requests(workload, FIXED_BATCHES * rows, vocabulary, generator))
     capacity = fixed.tokens / fixed.seconds
-    number = arguments.requests or (FIXED_BATCHES if arguments.saturated else arguments.batches) * rows
-    requests = mixed_requests(workload, number, vocabulary, generator)
-    rate = OFFERED * capacity / (wanted_tokens(requests) / number)
+    steady = begins_steady(workload) and not arguments.saturated
+    number = arriving(workload, rows, arguments)
+    traffic = Traffic(workload, vocabulary, OFFERED * capacity, generator)
     preemptions = core.preemptions
     if arguments.saturated:
-        course = drive(core, at_once(requests))
+        course = run_at_once(core, traffic.fresh(number))
         begin, end = 0.0, course.seconds
     else:
-        arrivals = list(map(Arrival, poisson(rate, number, generator), requests))
-        course = drive(core, arrivals)
-        begin, end = arrivals[int(RAMP * number)].seconds, arrivals[-1].seconds
-    tok_s = course.tokens_between(begin, end + 1e-9) / (end - begin)
+        most = min(rows, core.info.kv_capacity_tokens // tokens_open(workload)) if steady else 0
+        course, begin, end = run_arrivals(core, traffic, number, most)
     return {
         "workload": workload.name,
         "arrivals": "at once" if arguments.saturated else "poisson",
+        "begins": "steady" if steady else "empty",
         "requests": number,
+        "requests_per_second": None if arguments.saturated else traffic.offered / workload.answer_tokens,
+        **figures(course, begin, end, capacity, None if arguments.saturated else traffic.offered),
+        "preemptions": core.preemptions - preemptions,
+    }
+
+
+def figures(course: Course, begin: float, end: float, capacity: float, offered: float | None) -> dict[str, Any]:
+    """What a row says of the time from `begin` to `end`, which is counted. `offered` tok/s, None if all is at once."""
+    # The last step of a course that counts to its end returns just then.
+    seconds, past = end - begin, end + 1e-9
+    tok_s = course.tokens_between(begin, past) / seconds
+    edge = EDGE * seconds
+    return {
         "rows": course.rows,
+        "rows_open": course.rows_between(begin, past),
+        "rows_open_at_start": course.rows_between(begin, begin + edge),
+        "rows_open_at_end": course.rows_between(end - edge, past),
         "tok_s": tok_s,
         "fixed_tok_s": capacity,
         "of_fixed": tok_s / capacity,
-        "offered_tok_s": None if arguments.saturated else OFFERED * capacity,
-        "of_offered": None if arguments.saturated else tok_s / (OFFERED * capacity),
-        "requests_per_second": None if arguments.saturated else rate,
-        "window_seconds": end - begin,
+        "offered_tok_s": offered,
+        "of_offered": None if offered is None else tok_s / offered,
+        "counted_from_seconds": begin,
+        "window_seconds": seconds,
         "seconds": course.seconds,
-        "ttft_ms": percentiles(course.first_token_times(begin, end)),
-        "block_ms": percentiles(course.block_times(begin, end)),
-        "preemptions": core.preemptions - preemptions,
+        "ttft_ms": percentiles(course.first_token_times(begin, past)),
+        "block_ms": percentiles(course.block_times(begin, past)),
     }
+
+
+def begins_steady(workload: Workload) -> bool:
+    """Whether the batch begins in the steady state rather than empty."""
+    return workload.answer_tokens > workload.prompt_tokens
+
+
+def tokens_open(workload: Workload) -> int:
+    """Tokens that a request in the steady state has in the KV cache, on average, with some room for it to go on.
+
+    Of a log-normal answer exp(SIGMA^2) / 2 of the mean, 0.64, are written on average where it is found.
+    """
+    return workload.prompt_tokens + 3 * workload.answer_tokens // 4
+
+
+def arriving(workload: Workload, rows: int, arguments: argparse.Namespace) -> int:
+    """How many mixed requests arrive."""
+    if arguments.requests is not None:
+        number: int = arguments.requests
+        return number
+    if arguments.saturated:
+        return FIXED_BATCHES * rows
+    usual = STEADY_BATCHES if begins_steady(workload) else FROM_EMPTY_BATCHES
+    return (usual if arguments.batches is None else arguments.batches) * rows
 
 
 def percentiles(seconds: Sequence[float] | np.ndarray) -> dict[str, float]:
@@ -176,8 +181,9 @@ def measure_model(model: BenchmarkModel, arguments: argparse.Namespace) -> list[
     """A row for each workload."""
     model = with_room(model, [WORKLOADS[name] for name in arguments.workloads])
     rows = arguments.rows or model.rows
-    largest = max(arguments.requests or 0, arguments.batches * rows, FIXED_BATCHES * rows)
-    config = engine_config(model, arguments, max_waiting=largest)
+    # Besides the requests that arrive, a batch of those that are under way before.
+    largest = rows + max(arriving(WORKLOADS[name], rows, arguments) for name in arguments.workloads)
+    config = engine_config(model, arguments, max_waiting=max(largest, FIXED_BATCHES * rows))
     change = partial(always_say_eos, eos_token_id=model.config.eos_token_id)
     found = []
     with loaded_core(model, config, make_pool=shuffled_pool, change=change) as core:
@@ -196,29 +202,31 @@ def show(rows: list[dict[str, Any]]) -> None:
     first = rows[0]
     table = Table(
         title=f"mixed traffic on {first['device']}, {first['dtype']}, commit {first['commit']}",
-        caption=f"at least {REQUIRED:.0%} of the fixed-length figure is required",
+        caption=f"at least {REQUIRED:.0%} of the fixed-length figure is required; rows open at start, mean, end",
     )
     for column in (
-        "model", "workload", "arrivals", "requests", "rows", "tok/s", "fixed", "of fixed", "of offered",
+        "model", "workload", "arrivals", "requests", "rows open", "offered", "tok/s", "of offered", "fixed", "of fixed",
         "first token, ms, p50 / p99", "block, ms, p50 / p99", "preempted",
     ):  # fmt: skip
         table.add_column(column, justify="left" if column in ("model", "workload", "arrivals") else "right")
     for row in rows:
-        offered = row["of_offered"]
+        offered = row["offered_tok_s"]
+        open_rows = (row[f"rows_open{when}"] for when in ("_at_start", "", "_at_end"))
         table.add_row(
             row["model"],
             row["workload"],
             row["arrivals"],
             str(row["requests"]),
-            str(row["rows"]),
+            " / ".join(f"{rows_open:.0f}" for rows_open in open_rows),
+            "n/a" if offered is None else f"{offered:,.0f}",
             f"{row['tok_s']:,.0f}",
+            "n/a" if offered is None else f"{row['of_offered']:.1%}",
             f"{row['fixed_tok_s']:,.0f}",
             f"{row['of_fixed']:.1%}" + ("" if row["of_fixed"] >= REQUIRED else " !"),
-            "n/a" if offered is None else f"{offered:.1%}",
             *(f"{row[what].get('p50')} / {row[what].get('p99')}" for what in ("ttft_ms", "block_ms")),
             str(row["preemptions"]),
         )
-    Console(width=170).print(table)
+    Console(width=190).print(table)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -226,7 +234,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_arguments(parser)
     parser.set_defaults(workloads=["P", "D"])
-    parser.add_argument("--batches", type=int, default=4, help="mixed requests that arrive, in full batches")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=None,
+        help=f"mixed requests that arrive, in full batches (default: {STEADY_BATCHES} if the batch begins steady, else "
+        f"{FROM_EMPTY_BATCHES})",
+    )
     parser.add_argument("--requests", type=int, default=None, help="mixed requests, instead of --batches")
     parser.add_argument("--saturated", action="store_true", help="mixed requests come at once, two batches of them")
     return parser.parse_args(arguments)

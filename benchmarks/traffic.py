@@ -8,6 +8,7 @@ room for the longest answer, as clients' does, and admission has to reckon with 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ SIGMA = 0.5
 """Of the logarithm of lengths: one in twenty is more than twice the mean."""
 LONGEST = 3
 """Times the mean, at which lengths are cut: under one in a hundred is longer."""
+DRAWN = 4096
+"""Answers, at least, of which those that are under way are a choice."""
 EOS_SCALE = 8.0
 """Squared, EOS's logit; far above those of random weights, whose standard deviation is about 1."""
 
@@ -38,6 +41,8 @@ class Arrival(NamedTuple):
 
 def log_normal(mean: int, number: int, generator: np.random.Generator) -> list[int]:
     """Log-normal lengths from 1 to LONGEST times `mean`, which they have on average as far as whole numbers allow."""
+    if not number:
+        return []
     drawn = generator.lognormal(sigma=SIGMA, size=number)
     # What is cut from the longest goes to the others.
     for _ in range(16):
@@ -59,17 +64,68 @@ def mixed_requests(
     """Requests of random lengths that end by EOS; a third greedy, a third at temperature 1, a third top-k and top-p."""
     prompts = log_normal(workload.prompt_tokens, number, generator)
     answers = log_normal(workload.answer_tokens, number, generator)
+    return _ending_by_eos(workload, prompts, answers, [0] * number, vocab_size, generator)
+
+
+def underway_requests(
+    workload: Workload, number: int, vocab_size: int, generator: np.random.Generator
+) -> list[GenerationRequest]:
+    """What of `mixed_requests` one finds open at a random moment, with what is written so far as part of the prompt.
+
+    A request is found in proportion to the length of its answer, and anywhere in it. So the open requests' answers are
+    longer than others, but what remains of one has, in the steady state, always the same distribution.
+    """
+    prompts = log_normal(workload.prompt_tokens, number, generator)
+    lengths = np.array(log_normal(workload.answer_tokens, max(number, DRAWN), generator))
+    answers = generator.choice(lengths, number, p=lengths / lengths.sum())
+    written = generator.integers(0, answers).tolist()
+    return _ending_by_eos(workload, prompts, answers.tolist(), written, vocab_size, generator)
+
+
+def _ending_by_eos(
+    workload: Workload,
+    prompts: list[int],
+    answers: list[int],
+    written: list[int],
+    vocab_size: int,
+    generator: np.random.Generator,
+) -> list[GenerationRequest]:
+    """Requests of these lengths in tokens, of whose answers `written` are in the prompts already."""
     most = LONGEST * workload.answer_tokens
     return [
         GenerationRequest.of(
             request_id=next_request_id(),
-            prompt_token_ids=tuple(generator.integers(1, vocab_size, prompt).tolist()),
-            params=replace(sampling, max_tokens=most, min_tokens=answer - 1, seed=place),
+            prompt_token_ids=tuple(generator.integers(1, vocab_size, prompt + done).tolist()),
+            params=replace(sampling, max_tokens=most - done, min_tokens=answer - done - 1, seed=place),
         )
-        for place, (prompt, answer, sampling) in enumerate(
-            zip(prompts, answers, cycle(SAMPLING.values()), strict=False)
+        for place, (prompt, answer, done, sampling) in enumerate(
+            zip(prompts, answers, written, cycle(SAMPLING.values()), strict=False)
         )
     ]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Mixed requests of a workload that arrive at random and bring `offered` tokens of answers a second."""
+
+    workload: Workload
+    vocab_size: int
+    offered: float
+    generator: np.random.Generator
+
+    def fresh(self, number: int) -> list[GenerationRequest]:
+        """New requests."""
+        return mixed_requests(self.workload, number, self.vocab_size, self.generator)
+
+    def underway(self, number: int) -> list[GenerationRequest]:
+        """New ones that are under way."""
+        return underway_requests(self.workload, number, self.vocab_size, self.generator)
+
+    def arrivals(self, number: int) -> list[Arrival]:
+        """New requests that arrive one after the other, at the exact rate over all of them."""
+        requests = self.fresh(number)
+        rate = self.offered * number / wanted_tokens(requests)
+        return list(map(Arrival, poisson(rate, number, self.generator), requests))
 
 
 def fixed_requests(

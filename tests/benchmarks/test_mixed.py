@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks import steady_state
 from benchmarks.harness import engine_config, loaded_core
-from benchmarks.mixed import Course, drive, measure_model, parse, percentiles, show, with_room
+from benchmarks.mixed import arriving, measure_model, parse, percentiles, run_at_once, show, with_room
 from benchmarks.models import WORKLOADS, BenchmarkModel, Workload
-from benchmarks.traffic import Arrival, always_say_eos, mixed_requests
+from benchmarks.traffic import always_say_eos, mixed_requests
 from tests.benchmarks.tiny import MODEL, TINY, VANILLA
 
 
@@ -17,7 +18,9 @@ from tests.benchmarks.tiny import MODEL, TINY, VANILLA
 def arguments(monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     monkeypatch.setitem(WORKLOADS, "P", Workload("P", prompt_tokens=40, answer_tokens=8))
     monkeypatch.setitem(WORKLOADS, "D", Workload("D", prompt_tokens=8, answer_tokens=24))
-    line = ["--device", "cpu", "--dtype", "float32", "--max-step-positions", "32", "--no-results", "--batches", "6"]
+    # Steps are few where answers are short.
+    monkeypatch.setattr(steady_state, "STEPS", 4)
+    line = ["--device", "cpu", "--dtype", "float32", "--max-step-positions", "32", "--no-results", "--batches", "20"]
     return parse(line)
 
 
@@ -30,9 +33,13 @@ def test_a_row_compares_with_fixed_lengths(
     assert [row["workload"] for row in rows] == ["P", "D"]
     for row in rows:
         assert row["bench"] == "mixed"
-        assert row["requests"] == (8 if saturated else 24)
+        assert row["requests"] == (8 if saturated else 80)
+        assert row["begins"] == ("steady" if row["workload"] == "D" and not saturated else "empty")
+        assert 0 < row["rows_open"] <= row["rows"] <= 4
         assert row["of_fixed"] == pytest.approx(row["tok_s"] / row["fixed_tok_s"])
         assert row["arrivals"] == ("at once" if saturated else "poisson")
+        if not saturated:
+            assert row["of_offered"] == pytest.approx(row["tok_s"] / (0.9 * row["fixed_tok_s"]))
         assert row["ttft_ms"]["p50"] > 0
         assert row["block_ms"]["p50"] > 0
         json.dumps(row)
@@ -58,28 +65,22 @@ def test_answers_end_by_eos_where_they_were_drawn_to(model: BenchmarkModel, argu
     assert min(counts.values()) < 24 < max(counts.values()) <= 3 * 24
 
 
-def test_requests_are_submitted_at_their_moments(arguments: argparse.Namespace) -> None:
-    config = engine_config(MODEL, arguments, max_waiting=64)
-    requests = mixed_requests(Workload("D", 8, 4), 3, TINY.vocab_size, np.random.default_rng(3))
-    with loaded_core(MODEL, config, change=lambda tensors: always_say_eos(tensors, TINY.eos_token_id)) as core:
-        course = drive(core, [Arrival(0.1 * place, request) for place, request in enumerate(requests)])
-    assert course.seconds >= 0.2
-    assert [arrival for arrival, _ in course.first_tokens] == pytest.approx([0.0, 0.1, 0.2])
-    assert all(seconds > 0 for _, seconds in course.first_tokens)
-
-
 def test_an_answer_that_does_not_end_where_it_should_is_noticed(arguments: argparse.Namespace) -> None:
     config = engine_config(MODEL, arguments, max_waiting=64)
     requests = mixed_requests(WORKLOADS["D"], 2, TINY.vocab_size, np.random.default_rng(3))
-    with loaded_core(MODEL, config) as core, pytest.raises(RuntimeError, match="did not end where they should"):
-        drive(core, [Arrival(0.0, request) for request in requests])
+    with loaded_core(MODEL, config) as core, pytest.raises(RuntimeError, match="did not end where it should"):
+        run_at_once(core, requests)
 
 
-def test_only_what_lies_in_the_window_counts() -> None:
-    course = Course(steps=[(1.0, 2, 8), (2.0, 3, 12), (4.0, 1, 4)], first_tokens=[(0.5, 0.1), (1.5, 0.2)])
-    assert course.tokens_between(1.5, 4.0) == 12
-    assert course.first_token_times(1.0, 2.0) == [0.2]
-    assert course.block_times(1.5, 5.0).tolist() == [1.0, 1.0, 1.0, 2.0]
+def test_how_many_arrive_depends_on_how_the_batch_begins() -> None:
+    assert arriving(WORKLOADS["D"], 100, parse([])) == 100
+    assert arriving(WORKLOADS["P"], 100, parse([])) == 400
+    assert arriving(WORKLOADS["P"], 100, parse(["--batches", "2"])) == 200
+    assert arriving(WORKLOADS["D"], 100, parse(["--saturated"])) == 200
+    assert arriving(WORKLOADS["D"], 100, parse(["--requests", "7"])) == 7
+
+
+def test_percentiles_are_in_milliseconds() -> None:
     assert percentiles([0.001, 0.003]) == {"p50": 2.0, "p90": 2.8, "p99": 2.98}
     assert percentiles([]) == {}
 

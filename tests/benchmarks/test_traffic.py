@@ -6,11 +6,13 @@ import pytest
 from benchmarks.models import Workload
 from benchmarks.traffic import (
     LONGEST,
+    Traffic,
     fixed_requests,
     log_normal,
     mixed_requests,
     poisson,
     shuffled_pool,
+    underway_requests,
     wanted_tokens,
 )
 
@@ -44,6 +46,37 @@ def test_a_third_of_the_requests_is_chosen_in_each_way() -> None:
     assert not any(request.params.ignore_eos for request in requests)
     assert {request.params.max_tokens for request in requests} == {300}
     assert wanted_tokens(requests) == pytest.approx(300 * 100, rel=0.01)
+
+
+def test_requests_under_way_are_what_one_finds_at_a_random_moment() -> None:
+    found = underway_requests(WORKLOAD, 3000, 64, generator())
+    remaining = np.array([wanted_tokens([request]) for request in found])
+    written = np.array([len(request.prompt_token_ids) for request in found]) - 40
+    ends = np.array([request.params.max_tokens for request in found])
+    # By renewal theory, half of E[length^2] / E[length] is done on average and as much is still to come.
+    lengths = np.array(log_normal(100, 4000, generator()), float)
+    half = (lengths**2).mean() / lengths.mean() / 2
+    assert remaining.mean() == pytest.approx(half, rel=0.03)
+    assert written.mean() == pytest.approx(half, rel=0.03)
+    assert remaining.min() == 1
+    # P(remaining > x) = E[(length - x)+] / E[length].
+    for x in (50, 100, 200):
+        assert (remaining > x).mean() == pytest.approx(np.maximum(lengths - x, 0).mean() / 100, abs=0.03)
+    # Room is left for the longest answer, as at its start.
+    assert (remaining <= ends).all()
+    assert 300 - ends.mean() == pytest.approx(written.mean(), rel=0.01)
+    assert len({request.params.temperature for request in found}) == 3
+
+
+def test_traffic_brings_what_it_offers() -> None:
+    arrivals = Traffic(WORKLOAD, 64, 5000.0, generator()).arrivals(400)
+    assert wanted_tokens([arrival.request for arrival in arrivals]) / arrivals[-1].seconds == pytest.approx(5000)
+    assert len({arrival.request.request_id for arrival in arrivals}) == 400
+
+
+def test_no_requests_are_none() -> None:
+    assert mixed_requests(WORKLOAD, 0, 64, generator()) == []
+    assert underway_requests(WORKLOAD, 0, 64, generator()) == []
 
 
 def test_fixed_requests_go_on_to_their_length() -> None:

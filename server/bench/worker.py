@@ -145,9 +145,11 @@ class Tally:
             self._failed_after.append(now - request.began)
 
     def _outlasted(self, request: Request, deliveries: Sequence[float]) -> None:
-        """A request was open when the time was over, whatever came of it then."""
+        """A request was not over when the time was, whatever came of it then; it may even have begun behind it."""
+        if request.began >= self._begin.end:
+            return
         self._late += 1
-        self._open_seconds += max(0.0, self._begin.end - max(request.began, self._begin.measure_from))
+        self._open_seconds += self._begin.end - max(request.began, self._begin.measure_from)
         self._open_deliveries += self._inside(deliveries)
 
     def _inside(self, deliveries: Sequence[float]) -> int:

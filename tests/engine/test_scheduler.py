@@ -99,6 +99,16 @@ def test_pages_of_the_prompt_are_taken_at_once_and_others_as_a_row_grows() -> No
     assert held == [2, 2, 3, 3, 4, 4, 5, 5]
 
 
+def test_pages_of_rows_that_grow_and_of_prompts_go_with_one_step() -> None:
+    scheduler = make_scheduler()
+    scheduler.add([make_sequence(1, 4, max_tokens=40)])
+    for _ in range(2):
+        commit_blocks(scheduler, must_schedule(scheduler))
+    scheduler.add([make_sequence(2, 12), make_sequence(3, 4)])
+    plan = must_schedule(scheduler)
+    assert plan.page_entries.tolist() == [[0, 1, 2], [1, 0, 3], [1, 1, 4], [2, 0, 5]]
+
+
 def test_a_request_that_the_pool_could_never_hold_is_invalid() -> None:
     scheduler = make_scheduler(pages=5)
     with pytest.raises(InvalidRequestError, match="need 6 pages of KV cache, and the engine has 5") as caught:
@@ -159,6 +169,20 @@ def test_a_row_that_met_eos_keeps_its_pages_until_the_step_in_flight_is_committe
     assert commit_blocks(scheduler, second) == []
     assert sequence.row is None and not sequence.pages
     assert must_schedule(scheduler).bound == [other]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_row_of_many_ends_at_eos_alone(place: int) -> None:
+    scheduler = make_scheduler()
+    sequences = [make_sequence(key, max_tokens=40) for key in range(3)]
+    scheduler.add(sequences)
+    commit_blocks(scheduler, must_schedule(scheduler))
+    ended = [50] * 4
+    ended[place] = EOS
+    deltas = commit_blocks(scheduler, must_schedule(scheduler), [[50] * 4, ended, [50] * 4])
+    assert [(delta.request_id, len(delta.token_ids)) for delta in deltas] == [(1, place + 1), (0, 4), (2, 4)]
+    assert [delta.finish_reason for delta in deltas] == ["stop", None, None]
+    assert [sequence.generated for sequence in sequences] == [8, 4 + place + 1, 8]
 
 
 def test_a_forced_tail_is_neither_streamed_nor_counted_nor_a_stop() -> None:

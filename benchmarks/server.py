@@ -32,6 +32,7 @@ from rich.table import Table
 from benchmarks.floor import step_floor
 from benchmarks.results import append, provenance
 from engine.config import ModelConfig
+from engine.device import device_name
 from engine.model_files import find_model
 
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 256
@@ -205,8 +206,13 @@ async def first_token(served_model: Served, prompt_tokens: int) -> float:
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows of one run."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    common = {"model": arguments.name, "dtype": arguments.dtype, "device": name, "devices": 1, **provenance()}
+    common = {
+        "model": arguments.name,
+        "dtype": arguments.dtype,
+        "device": device_name(device),
+        "devices": 1,
+        **provenance(),
+    }
     with served(arguments.model, arguments.device, ["--dtype", arguments.dtype]) as running:
         rows: list[dict[str, Any]] = [
             {

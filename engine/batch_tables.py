@@ -8,10 +8,10 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.adjustments import Adjustments
+from engine.row_table import Int64
 from engine.sequence import Sequence
 from engine.staging import Staging
 from kernels.sampler import SamplingTables
@@ -111,7 +111,7 @@ class BatchTables:
             ids[place, : len(own)] = own
         self.sampling.suppressed_ids[rows] = self._upload(ids, np.int32)
 
-    def set_pages(self, entries: NDArray[np.int64]) -> None:
+    def set_pages(self, entries: Int64) -> None:
         """Write page table entries [entries, 3]: row, index, page."""
         if len(entries):
             rows, indices, pages = self._upload(np.ascontiguousarray(entries.T), np.int64)

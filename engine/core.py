@@ -100,6 +100,9 @@ class EngineCore:
             activations = activation_bytes(build, layout, config)
             pages = plan_pages(layout, model.config, config, free_memory(device), activations)
             cache = KVCache.allocate(layout, pages, device)
+            self._runner = build(cache)
+            self._runner.capture_graphs()
+            self._scorer = Scorer(model, kernels, layout, config)
         self._pool = make_pool(cache.pages)
         self._prefix_cache = PrefixCache(self._pool, config.page_size, enabled=config.prefix_cache)
         self._scheduler = Scheduler(
@@ -116,10 +119,6 @@ class EngineCore:
             eos_token_id=model.config.eos_token_id,
             prefix_cache=self._prefix_cache,
         )
-        with self._on_device:
-            self._runner = build(cache)
-            self._runner.capture_graphs()
-            self._scorer = Scorer(model, kernels, layout, config)
         self._in_flight: tuple[StepPlan, StepInFlight] | None = None
         self._no_deltas = StepDeltas([], np.empty((0, model.config.block_length), np.int32))
         self.step_underway: StepPlan | None = None
@@ -153,7 +152,7 @@ class EngineCore:
             model = build_model(model_config, tensors, kernels)
             # Most of them are held a second time, transposed: the memory is the KV cache's.
             del tensors
-            return cls(name=name, config=config, model=model, kernels=kernels)
+        return cls(name=name, config=config, model=model, kernels=kernels)
 
     @property
     def has_work(self) -> bool:

@@ -67,15 +67,13 @@ class PagePool:
 
     def release(self, pages: Iterable[int]) -> None:
         """Take one holder from each page; those without any become free. Raises ValueError for a page not in use."""
-        # Thousands of pages a step where many long prompts end: the loops here and in `keep` are the host's time.
-        holders, kept = self._holders, self._kept
         for page in pages:
             if not self._in_use(page):
                 raise ValueError(f"page {page} is not in use and cannot be released")
-            holders[page] -= 1
-            if holders[page]:
+            self._holders[page] -= 1
+            if self._holders[page]:
                 continue
-            if kept[page]:
+            if self._kept[page]:
                 self._idle[page] = None
             else:
                 self._free.append(page)

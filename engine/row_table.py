@@ -13,6 +13,7 @@ FIRST_BLOCKS = 64
 """Blocks a row has room for at first; doubled whenever a sequence comes that may have more."""
 
 Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
 Rows = NDArray[np.intp]
 """Rows as numpy indexes by them: other integers would be converted each time."""
 Float32 = NDArray[np.float32]

@@ -5,13 +5,10 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from engine.row_table import Float32, Int32, Rows
+from engine.row_table import Float32, Int32, Int64, Rows
 from engine.sequence import Sequence
 from engine.types import MAX_LOGPROBS, TokenLogprobs
-
-Int64 = NDArray[np.int64]
 
 
 class PrefillChunk(NamedTuple):
@@ -102,15 +99,11 @@ class StepPlan:
         runs = self.page_runs
         if not runs:
             return self.grown
-        lengths = np.array([len(run.pages) for run in runs], np.int64)
-        number = int(lengths.sum())
-        # Of each entry, how many are ahead of the first one of its run.
-        ahead = np.repeat(np.cumsum(lengths) - lengths, lengths)
-        firsts = np.repeat(np.array([run.first for run in runs], np.int64), lengths)
-        entries = np.empty((number, 3), np.int64)
-        entries[:, 0] = np.repeat(np.array([run.row for run in runs], np.int64), lengths)
-        entries[:, 1] = firsts + np.arange(number) - ahead
-        entries[:, 2] = np.fromiter(chain.from_iterable(run.pages for run in runs), np.int64, number)
+        heads = np.array([(run.row, run.first, len(run.pages)) for run in runs], np.int64)
+        lengths = heads[:, 2]
+        entries = heads.repeat(lengths, axis=0)
+        entries[:, 1] += np.arange(len(entries)) - (lengths.cumsum() - lengths).repeat(lengths)
+        entries[:, 2] = np.fromiter(chain.from_iterable(run.pages for run in runs), np.int64, len(entries))
         return np.concatenate((self.grown, entries))
 
     @property

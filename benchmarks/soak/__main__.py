@@ -39,6 +39,7 @@ from benchmarks.soak.course import KILLS, Plan, Soaked, soak
 from benchmarks.soak.model import MODEL_NAMES, SoakModel, soak_model
 from benchmarks.soak.oracle import Difference, Oracle
 from benchmarks.soak.watch import Watcher, grown, growth, leaks
+from engine.device import device_name
 
 ROWS = {"cpu": 64, "cuda": 512}
 PAGES_PER_ROW = 6
@@ -145,7 +146,7 @@ def result_row(
         "model": model.name,
         "workload": "soak",
         "dtype": model.dtype,
-        "device": torch.cuda.get_device_name(arguments.device) if arguments.device != "cpu" else "cpu",
+        "device": device_name(torch.device(arguments.device)),
         "devices": 1,
         "requests": outcomes.total(),
         "rows": int(max(rows)),

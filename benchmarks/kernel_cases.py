@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.types import MAX_STOP_TOKEN_IDS
 from kernels.adjust import AdjustmentTables
 from kernels.dispatch import Kernels
 from kernels.late_norm import LateNorm
@@ -242,12 +243,15 @@ def _sampler_cases(kernels: Kernels, only: str) -> Iterator[Case]:
             min_p=torch.zeros(rows, device=CUDA),
             seed=torch.arange(rows, device=CUDA),
             suppress_until=_int32([0] * rows),
-            suppressed_ids=_int32([[-1, -1]] * rows),
+            suppressed_ids=_int32([[0] + [-1] * MAX_STOP_TOKEN_IDS] * rows),
         )
+        waiting = _int32([1 << 20] * rows)
         warm = replace(greedy, temperature=torch.ones(rows, device=CUDA))
         for name, tables in (
             ("greedy", greedy),
+            ("greedy, EOS suppressed", replace(greedy, suppress_until=waiting)),
             ("temperature 1", warm),
+            ("temperature 1, EOS suppressed", replace(warm, suppress_until=waiting)),
             ("top-p 0.9", replace(warm, top_p=torch.full((rows,), 0.9, device=CUDA))),
             ("top-k 50", replace(warm, top_k=_int32([50] * rows))),
             ("temperature 0.8, top-k 50, top-p 0.9", _usual(greedy)),

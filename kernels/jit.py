@@ -4,7 +4,7 @@ Kernels are compiled for the GPU, or run by Triton's interpreter on the CPU wher
 TRITON_INTERPRET is 1 when Triton is imported: slow, but the same source.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,14 +26,17 @@ def jit(kernel: Callable[..., Any]) -> Any:
     return kernel if triton is None else triton.jit(kernel)
 
 
-def jit_for_any(*names: str) -> Callable[[Callable[..., Any]], Any]:
+def jit_for_any(*names: str, addresses: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
     """As `jit`, compiled once for all values of the integers `names`, such as counts that differ from step to step.
 
-    Triton compiles anew for a 1 and for multiples of 16, which takes a second in the middle of serving.
+    Triton compiles anew for a 1 and for multiples of 16, which takes a second in the middle of serving; of the tensors
+    `addresses` too, if they begin at a multiple of 16 bytes once and not always.
     """
 
     def decorate(kernel: Callable[..., Any]) -> Any:
-        return kernel if triton is None else triton.jit(kernel, do_not_specialize=names)
+        if triton is None:
+            return kernel
+        return triton.jit(kernel, do_not_specialize=names, do_not_specialize_on_alignment=addresses)
 
     return decorate
 

@@ -181,7 +181,8 @@ def triton_sample(
     finite = torch.empty(rows, dtype=torch.bool, device=device)
     suppression = tables.suppress_until, tables.suppressed_ids
     settings = tables.temperature, tables.top_k, tables.top_p, tables.min_p, tables.seed, *suppression
-    sizes = logits.stride(0), vocab_size, tables.suppressed_ids.shape[1]
+    suppressed_width = tables.suppressed_ids.shape[1]
+    sizes = logits.stride(0), vocab_size, suppressed_width
     sample_groups[(rows * tiles,)](
         logits,
         row_index,
@@ -194,6 +195,7 @@ def triton_sample(
         masses,
         *sizes,
         tiles,
+        WIDTH=power_of_2(suppressed_width),
         GROUP=group,
         TILE_G=tile_groups,
         num_warps=GROUPS_WARPS,
@@ -213,6 +215,7 @@ def triton_sample(
         *sizes,
         width,
         tiles,
+        WIDTH=power_of_2(suppressed_width),
         GROUP=group,
         GROUPS=power_of_2(width),
         TILES=power_of_2(tiles),
@@ -231,6 +234,7 @@ def triton_sample(
         finite,
         *sizes,
         width,
+        WIDTH=power_of_2(suppressed_width),
         GROUP=group,
         GROUPS=power_of_2(width),
         TILE_V=max(group, min(power_of_2(vocab_size), VOCABULARY_TILE_V)),

@@ -8,9 +8,9 @@ Min-p is such a bound by itself. With top-p alone the best half of the groups is
 enough of the whole vocabulary's weight.
 """
 
-from kernels.jit import jit, tl
+from kernels.jit import jit, jit_for_any, tl
 from kernels.philox import gumbel_at
-from kernels.sampler_groups import load_scores
+from kernels.sampler_groups import count_suppressed, load_scores
 
 UNDECIDED: tl.constexpr = tl.constexpr(-1)
 """Instead of a token."""
@@ -182,7 +182,7 @@ def _first_of(
     return tl.min(tl.where(score == best, members, vocab_size), 0)
 
 
-@jit
+@jit_for_any(addresses=("generated_index",))
 def sample_row(
     logits: tl.tensor,
     row_index: tl.tensor,
@@ -206,6 +206,7 @@ def sample_row(
     suppressed_width: tl.tensor,
     maxima_width: tl.tensor,
     tiles: tl.tensor,
+    WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     TILES: tl.constexpr,
@@ -219,7 +220,7 @@ def sample_row(
     place = tl.load(generated_index + entry)
     temperature = tl.load(temperatures + row)
     line, ids = logits + entry * stride, suppressed_ids + row * suppressed_width
-    suppressed = tl.where(place < tl.load(suppress_until + row), suppressed_width, suppressed_width * 0)
+    suppressed = count_suppressed(ids, suppressed_width, place, tl.load(suppress_until + row), WIDTH)
     groups = tl.arange(0, GROUPS)
     maximum = tl.load(maxima + entry * maxima_width + groups, mask=groups < maxima_width, other=-float("inf"))
     best = tl.max(maximum, 0)

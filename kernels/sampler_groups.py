@@ -3,7 +3,7 @@
 For rows with top-p and without top-k it also adds up the weights of all tokens.
 """
 
-from kernels.jit import jit, tl
+from kernels.jit import jit, jit_for_any, tl
 
 
 @jit
@@ -22,6 +22,22 @@ def load_scores(
 
 
 @jit
+def count_suppressed(
+    ids: tl.tensor, width: tl.tensor, place: tl.tensor, until: tl.tensor, WIDTH: tl.constexpr
+) -> tl.tensor:
+    """How many of a row's `width` ids `load_scores` has to look at: up to its last one, none from `until` on.
+
+    A row may have many and seldom has more than one, and each costs a comparison with every token.
+    """
+    count = place * 0
+    if place < until:
+        lanes = tl.arange(0, WIDTH)
+        present = tl.load(ids + lanes, mask=lanes < width, other=-1) >= 0
+        count = tl.max(tl.where(present, lanes + 1, 0), 0)
+    return count
+
+
+@jit_for_any(addresses=("generated_index",))
 def sample_groups(
     logits: tl.tensor,
     row_index: tl.tensor,
@@ -37,6 +53,7 @@ def sample_groups(
     vocab_size: tl.tensor,
     suppressed_width: tl.tensor,
     tiles: tl.tensor,
+    WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     TILE_G: tl.constexpr,
 ) -> None:
@@ -47,14 +64,12 @@ def sample_groups(
     """
     entry, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     row = tl.load(row_index + entry).to(tl.int64)
-    suppressed = tl.where(
-        tl.load(generated_index + entry) < tl.load(suppress_until + row), suppressed_width, suppressed_width * 0
-    )
+    ids = suppressed_ids + row * suppressed_width
+    place, until = tl.load(generated_index + entry), tl.load(suppress_until + row)
+    suppressed = count_suppressed(ids, suppressed_width, place, until, WIDTH)
     groups = tile * TILE_G + tl.arange(0, TILE_G)
     tokens = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    raw, score = load_scores(
-        logits + entry * stride, tokens, tokens < vocab_size, suppressed_ids + row * suppressed_width, suppressed
-    )
+    raw, score = load_scores(logits + entry * stride, tokens, tokens < vocab_size, ids, suppressed)
     score = tl.where(raw < float("inf"), score, float("inf"))  # NaN compares as false
     maximum = tl.max(score, 1)
     tl.store(maxima + entry * tiles * TILE_G + groups, maximum)

@@ -3,10 +3,10 @@
 The thresholds are found by bisection, without sorting; each of its passes reads all logits of the row.
 """
 
-from kernels.jit import jit, tl
+from kernels.jit import jit, jit_for_any, tl
 from kernels.philox import gumbel_tile
 from kernels.sampler_candidates import UNDECIDED
-from kernels.sampler_groups import load_scores
+from kernels.sampler_groups import count_suppressed, load_scores
 
 GREATEST_NOISE: tl.constexpr = tl.constexpr(16.64)
 """Above -log(-log(1 - 2^-24)), the noise of the greatest uniform number that there is."""
@@ -190,7 +190,7 @@ def _draw(
     return best, tl.min(tl.where(best_of_lane == best, token_of_lane, vocab_size), 0)
 
 
-@jit
+@jit_for_any(addresses=("generated_index",))
 def sample_vocabulary(
     logits: tl.tensor,
     row_index: tl.tensor,
@@ -209,6 +209,7 @@ def sample_vocabulary(
     vocab_size: tl.tensor,
     suppressed_width: tl.tensor,
     maxima_width: tl.tensor,
+    WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     TILE_V: tl.constexpr,
@@ -220,7 +221,7 @@ def sample_vocabulary(
         place = tl.load(generated_index + entry)
         temperature = tl.load(temperatures + row)
         line, ids = logits + entry * stride, suppressed_ids + row * suppressed_width
-        suppressed = tl.where(place < tl.load(suppress_until + row), suppressed_width, suppressed_width * 0)
+        suppressed = count_suppressed(ids, suppressed_width, place, tl.load(suppress_until + row), WIDTH)
         top_k, top_p, min_p = tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row)
         threshold = temperature * 0 - float("inf")
         if (top_k > 0) | (top_p < 1) | (min_p > 0):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.dispatch import Kernels
 from kernels.philox import gumbel_noise
-from kernels.sampler import SamplingTables, perturbed_scores, sample
+from kernels.sampler import SamplingTables, perturbed_scores, sample, triton_sample
 from kernels.sampler_vocabulary import GREATEST_NOISE
 from tests.kernels.reference import DTYPES, int32, random
 
@@ -407,3 +407,22 @@ def test_triton_draws_from_a_tile_that_only_its_noise_makes_win(triton_kernels: 
         logits[0, token] = first - greatest + behind
         settings = tables([1.0], seed=[seed])
         assert one_row(triton_kernels, logits[0].tolist(), settings, place=place) == (expected, True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_the_places_of_a_block_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **of_kernel: compiled.append(of_kernel["repr"])
+    )
+    settings = SamplingTables(**{name: table.cuda() for name, table in vars(tables([1.0])).items()})
+    places = torch.arange(8, dtype=torch.int32, device="cuda")
+    logits, row_index = torch.randn(1, 777, device="cuda"), places[:1]
+    triton_sample(logits, row_index, places[:1], settings)
+    assert compiled
+    compiled.clear()
+    for place in range(1, 4):
+        triton_sample(logits, row_index, places[place : place + 1], settings)
+    assert not compiled

@@ -56,6 +56,7 @@ class BatchTables:
         # for it. Lines begin at multiples of 16 bytes, as Triton's kernels are compiled for.
         aligned = -(-rows // 4) * 4
         self._numbers = zeros(8, aligned)[:, :rows]
+        self._states = self._numbers[:3]
         self.position, self.generated, self.forced_length, top_k, suppress_until, *fractions = self._numbers
         temperature, top_p, min_p = (line.view(torch.float32) for line in fractions)
         top_p.fill_(1)
@@ -71,6 +72,9 @@ class BatchTables:
             suppressed_ids=torch.full((rows, max_suppressed), -1, dtype=torch.int32, device=device),
         )
         self.adjustments = Adjustments(rows=rows, vocab_size=vocab_size, staging=staging)
+        self.places = torch.arange(block_length, dtype=torch.int32, device=device)[:, None]
+        """[L, 1]: of a block's tokens."""
+        self._step = torch.tensor([[1], [block_length], [0]], dtype=torch.int32, device=device)
 
     def bind(self, sequences: Seq[Sequence]) -> None:
         """Write the state of sequences that got their rows. They decode first at the position of their last block."""
@@ -117,21 +121,22 @@ class BatchTables:
             rows, indices, pages = self._upload(np.ascontiguousarray(entries.T), np.int64)
             self.page_table[rows, indices] = pages.int()
 
-    def advance(self, row_index: Tensor, tokens: Tensor) -> None:
-        """After a decode step: rows `row_index` [R] have written `tokens` [R, L]. No host synchronisation.
+    def states(self, index: Tensor) -> Tensor:
+        """Rows `index` [R] as they are: [3, R] int32, their `position`, `generated` and `forced_length`."""
+        return self._states[:, index]
 
-        Everything is allocated before anything is written, so a step that runs out of memory can be run again.
+    def advance(self, index: Tensor, states: Tensor, tokens: Tensor) -> None:
+        """After a decode step: rows `index` [R], which were in `states`, have written `tokens` [R, L].
+
+        No host synchronisation. Everything is allocated before anything is written, so a step that runs out of memory
+        can be run again.
         """
-        index = row_index.long()
-        forced_length = self.forced_length[index]
         last_block = tokens.to(torch.int32)
-        position = self.position[index] + 1
-        generated = self.generated[index] + (self.block_length - forced_length)
-        nothing_forced = torch.zeros_like(forced_length)
+        # One block further; what was forced was not sampled, and nothing of the next block is.
+        after = states + self._step
+        after[1:] -= states[2]
         self.last_block[index] = last_block
-        self.position[index] = position
-        self.generated[index] = generated
-        self.forced_length[index] = nothing_forced
+        self._states[:, index] = after
         self.position[self.padding_row].zero_()
 
     def _suppressed_ids(self, sequence: Sequence) -> tuple[int, ...]:

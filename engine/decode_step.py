@@ -46,7 +46,8 @@ class DecodeStep:
         """
         tables, page_size = self._tables, self._cache.layout.page_size
         index = row_index.long()
-        positions = tables.position[index]
+        states = tables.states(index)
+        positions = states[0]
         pages = tables.page_table[index, (positions // page_size).long()].long()
         batch = DecodeBatch(
             row_index=row_index,
@@ -55,44 +56,63 @@ class DecodeStep:
             page_table=tables.page_table,
         )
         context = self._model.decode(tables.last_block[index], batch, self._cache.keys, self._cache.values)
-        block = _Block(self._kernels, tables, row_index, adjusted=adjusted)
+        block = _Block(self._kernels, tables, row_index, index, states, adjusted=adjusted)
         tokens = self._model.write_block(context, self._scratch, block.choose)
-        if not adjusted:
-            tables.advance(row_index, tokens)
-            return Written(tokens, block.finite, None)
-        logprobs = Logprobs(*(torch.stack(parts, dim=1) for parts in zip(*block.logprobs, strict=True)))
         # As in `advance`, what is allocated comes before what is written: a step may be run again.
+        finite = block.finite()
+        if not adjusted:
+            tables.advance(index, states, tokens)
+            return Written(tokens, finite, None)
+        logprobs = Logprobs(*(torch.stack(parts, dim=1) for parts in zip(*block.logprobs, strict=True)))
         entries = tables.adjustments.entries(row_index, tokens, block.forced_length)
-        tables.advance(row_index, tokens)
+        tables.advance(index, states, tokens)
         tables.adjustments.count(entries)
-        return Written(tokens, block.finite, logprobs)
+        return Written(tokens, finite, logprobs)
 
 
 class _Block:
-    """The choice of a block's tokens for rows `row_index` [R], one place after the other."""
+    """The choice of a block's tokens for rows `row_index` [R] in `states`, one place after the other.
 
-    def __init__(self, kernels: Kernels, tables: BatchTables, row_index: Tensor, *, adjusted: bool) -> None:
-        index = row_index.long()
+    What is known of all places is computed for all of them at once: of few rows, a launch costs as much as its work.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        tables: BatchTables,
+        row_index: Tensor,
+        index: Tensor,
+        states: Tensor,
+        *,
+        adjusted: bool,
+    ) -> None:
+        _position, generated, self.forced_length = states
         self._kernels = kernels
         self._tables = tables
         self._row_index = row_index
-        self._generated = tables.generated[index]
         self._forced_tokens = tables.forced_tokens[index]
-        self.forced_length = tables.forced_length[index]
-        self.finite = torch.ones_like(self._generated, dtype=torch.bool)
+        self._forced = tables.places < self.forced_length
+        self._generated_index = generated + (tables.places - self.forced_length).clamp_(min=0)
+        self._finite: list[Tensor] = []
         self._wanted = tables.adjustments.wanted[index] if adjusted else None
         self._written = row_index.new_empty(len(row_index), 0)
         self.logprobs: list[Logprobs] = []
+
+    def finite(self) -> Tensor:
+        """Whether the logits were finite wherever a token was sampled: [R] bool."""
+        fine: Tensor = torch.stack(self._finite) | self._forced
+        return fine.all(dim=0)
 
     def choose(self, logits: Tensor, place: int) -> Tensor:
         """Sample, or force, the token at this place: logits [R, V] -> [R]."""
         scores = logits
         if self._wanted is not None:
             scores = self._kernels.adjust(logits, self._row_index, self._written, self._tables.adjustments.tables)
-        generated_index = self._generated + (place - self.forced_length).clamp(min=0)
-        chosen, row_finite = self._kernels.sample(scores, self._row_index, generated_index, self._tables.sampling)
-        forced = self.forced_length > place
-        self.finite = self.finite & (row_finite | forced)
+        chosen, finite = self._kernels.sample(
+            scores, self._row_index, self._generated_index[place], self._tables.sampling
+        )
+        self._finite.append(finite)
+        forced = self._forced[place]
         tokens = torch.where(forced, self._forced_tokens[:, place], chosen)
         if self._wanted is not None:
             self.logprobs.append(self._kernels.top_logprobs(logits, tokens, self._wanted))

@@ -33,6 +33,9 @@ from server.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 
+ACCEPTS_A_TURN = 64
+"""Connections that one turn of the event loop takes up. It takes one of each listening socket, and turns are long where
+a thousand streams are fed: a probe would wait behind all who connected before it."""
 FLUSH_S = 0.25
 KEEP_ALIVE_S = 75
 """Longer than clients and proxies keep idle connections, so that they close them and no request meets a closing one."""
@@ -111,7 +114,7 @@ async def serve_app(app: ASGIApp, listener: socket.socket, link: SupervisorLink,
 
     drainer = asyncio.create_task(drain())
     try:
-        await server.serve([listener])
+        await server.serve([listener, *(listener.dup() for _ in range(ACCEPTS_A_TURN - 1))])
     finally:
         drainer.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -16,8 +16,9 @@ class GraphPool:
 
     def __init__(self) -> None:
         self._handle = torch.cuda.graph_pool_handle()
-        # One for all captures: cuBLAS keeps a workspace for each stream that it has seen.
-        self._warm_up_stream = torch.cuda.Stream()
+        # One for all captures: cuBLAS keeps a workspace for each stream that it has seen. Torch's own stream for
+        # captures belongs to the device that was the current one at the process's first capture.
+        self._stream = torch.cuda.Stream()
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def capture(self, work: Callable[[], T]) -> Callable[[], T]:
@@ -27,7 +28,7 @@ class GraphPool:
         compiles kernels: what it writes then has to be harmless. The result of a replay is overwritten by the next one
         of any graph. Raises what running out of memory raises; then no graph is kept, and the others are as they were.
         """
-        stream = self._warm_up_stream
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
@@ -41,7 +42,8 @@ class GraphPool:
             self._handle = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # The outer context leads back to this stream: where ending a broken capture fails too, torch's own does not.
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._handle):
+        outer = torch.cuda.stream(torch.cuda.current_stream())
+        with outer, torch.cuda.graph(graph, pool=self._handle, stream=stream):
             result = work()
         self._graphs.add(graph)
 

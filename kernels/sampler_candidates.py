@@ -102,7 +102,7 @@ def _list_candidates(
         group = tl.load(groups + lanes, mask=lanes < chosen, other=0)
         token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         wanted = (lanes < chosen)[:, None] & (token < vocab_size)
-        _raw, score = load_scores(line, token, wanted, ids, suppressed)
+        score = load_scores(line, token, wanted, ids, suppressed)
         score = tl.reshape(tl.div_rn(score, temperature), TILE_V)
         candidate = (score >= bound) & (score > -float("inf"))
         place = count + tl.cumsum(candidate.to(tl.int32), 0)
@@ -178,7 +178,7 @@ def _first_of(
     """The lowest token with the best score, which is in the first group that has it."""
     group = tl.min(tl.where(maximum == best, tl.arange(0, GROUPS), GROUPS), 0)
     members = group * GROUP + tl.arange(0, GROUP)
-    _raw, score = load_scores(line, members, members < vocab_size, ids, suppressed)
+    score = load_scores(line, members, members < vocab_size, ids, suppressed)
     return tl.min(tl.where(score == best, members, vocab_size), 0)
 
 

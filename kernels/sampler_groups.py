@@ -9,16 +9,18 @@ from kernels.jit import jit, jit_for_any, tl
 @jit
 def load_scores(
     line: tl.tensor, tokens: tl.tensor, wanted: tl.tensor, ids: tl.tensor, suppressed: tl.tensor
-) -> tuple[tl.tensor, tl.tensor]:
-    """Logits of the `wanted` tokens in fp32, as they are and with -inf for the first `suppressed` of `ids`.
+) -> tl.tensor:
+    """Logits of the `wanted` tokens in fp32, with -inf for the first `suppressed` of `ids` and for all other tokens."""
+    return suppress(tl.load(line + tokens, mask=wanted, other=-float("inf")).to(tl.float32), tokens, ids, suppressed)
 
-    Other tokens have -inf.
-    """
-    raw = tl.load(line + tokens, mask=wanted, other=-float("inf")).to(tl.float32)
+
+@jit
+def suppress(raw: tl.tensor, tokens: tl.tensor, ids: tl.tensor, suppressed: tl.tensor) -> tl.tensor:
+    """The logits of `tokens` with -inf for the first `suppressed` of `ids`."""
     score = raw
     for index in range(suppressed):
         score = tl.where(tokens == tl.load(ids + index), -float("inf"), score)
-    return raw, score
+    return score
 
 
 @jit
@@ -63,18 +65,19 @@ def sample_groups(
     rows that need it: the tile's best score b, and the sum of exp((score - b) / temperature).
     """
     entry, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    row = tl.load(row_index + entry).to(tl.int64)
-    ids = suppressed_ids + row * suppressed_width
-    place, until = tl.load(generated_index + entry), tl.load(suppress_until + row)
-    suppressed = count_suppressed(ids, suppressed_width, place, until, WIDTH)
     groups = tile * TILE_G + tl.arange(0, TILE_G)
     tokens = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    raw, score = load_scores(logits + entry * stride, tokens, tokens < vocab_size, ids, suppressed)
+    # Ahead of what is looked up about the row, one thing after the other, which takes as long as the logits do.
+    raw = tl.load(logits + entry * stride + tokens, mask=tokens < vocab_size, other=-float("inf")).to(tl.float32)
+    row = tl.load(row_index + entry).to(tl.int64)
+    place, until = tl.load(generated_index + entry), tl.load(suppress_until + row)
+    temperature, top_k, top_p = tl.load(temperatures + row), tl.load(top_ks + row), tl.load(top_ps + row)
+    ids = suppressed_ids + row * suppressed_width
+    score = suppress(raw, tokens, ids, count_suppressed(ids, suppressed_width, place, until, WIDTH))
     score = tl.where(raw < float("inf"), score, float("inf"))  # NaN compares as false
     maximum = tl.max(score, 1)
     tl.store(maxima + entry * tiles * TILE_G + groups, maximum)
-    temperature = tl.load(temperatures + row)
-    if (temperature > 0) & (tl.load(top_ks + row) <= 0) & (tl.load(top_ps + row) < 1):
+    if (temperature > 0) & (top_k <= 0) & (top_p < 1):
         best = tl.maximum(tl.max(maximum, 0), -3e38)  # finite, so that -inf less it is -inf
         weight = tl.exp((score - best) * (1.0 / temperature))
         tl.store(masses + (entry * tiles + tile) * 2, best)

@@ -23,8 +23,7 @@ def _load_tile(
 ) -> tl.tensor:
     """The scores of the tokens from `start` on."""
     tokens = start + tl.arange(0, TILE_V)
-    _raw, score = load_scores(line, tokens, tokens < vocab_size, ids, suppressed)
-    return score
+    return load_scores(line, tokens, tokens < vocab_size, ids, suppressed)
 
 
 @jit

@@ -287,7 +287,8 @@ class Scheduler:
             return None
         self._waiting.pop()
         self._worst_pages += worst_pages
-        sequence.take_row(self._free_rows.pop(), self._rows)
+        row = self._free_rows.pop()
+        sequence.take_row(row, self._rows)
         cached_tokens = self._cache.take(sequence, found)
         if sequence.first_scheduled is None:
             sequence.first_scheduled, sequence.cached_tokens = now, cached_tokens
@@ -295,10 +296,12 @@ class Scheduler:
         sequence.state = SequenceState.PREFILLING
         self._prefilling = sequence
         plan.bound.append(sequence)
-        self._give(plan, sequence, found)
-        self._rows.position[sequence.bound_row] = len(found) * self._page_size
         # Up to the first decode, so that a prompt that was begun never waits for a page.
-        self._give(plan, sequence, self._cache.allocate(prompt_pages - len(found)))
+        pages = found + self._cache.allocate(prompt_pages - len(found))
+        plan.page_runs.append(PageRun(row, pages))
+        sequence.pages += pages
+        self._rows.position[row] = len(found) * self._page_size
+        self._rows.page_positions[row] = prompt_pages * self._page_size
         return sequence
 
     def _plan_decodes(self, plan: StepPlan) -> None:
@@ -382,12 +385,6 @@ class Scheduler:
             first_decodes.append(row)
             cost += 1
         return cost
-
-    def _give(self, plan: StepPlan, sequence: Sequence, pages: list[int]) -> None:
-        held, row = len(sequence.pages), sequence.bound_row
-        plan.page_runs.append(PageRun(row, held, pages))
-        sequence.pages += pages
-        self._rows.page_positions[row] = len(sequence.pages) * self._page_size
 
     def _commit_block(self, sequence: Sequence, block: Int32, finite: bool, now: float) -> Delta:
         if not finite:

@@ -105,9 +105,11 @@ class PrefixCache:
 
     def take(self, sequence: Sequence, pages: list[int]) -> int:
         """Hold the pages that `find` found, for the sequence. Returns the tokens of its prompt in them."""
+        self._asked, self._found = None, []
+        if not pages:
+            return 0
         for page in pages:
             self._pool.share(page)
-        self._asked, self._found = None, []
         tokens: int = sequence.blocks[: len(pages) * self._page_size].size
         return max(tokens - sequence.padding, 0)
 

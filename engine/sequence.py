@@ -102,7 +102,7 @@ class Sequence:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the request's prompt."""
-        return len(self.request.prompt) // self.blocks.itemsize
+        return len(self.request.prompt) // self._blocks.itemsize
 
     @property
     def blocks(self) -> Int32:

@@ -39,6 +39,11 @@ class PagePool:
         return len(self._free) + len(self._idle)
 
     @property
+    def plain(self) -> int:
+        """Free pages that are not kept: they are handed out ahead of those that are."""
+        return len(self._free)
+
+    @property
     def used(self) -> int:
         """Pages with at least one holder."""
         return self.capacity - self.free
@@ -52,10 +57,16 @@ class PagePool:
         """Take `count` free pages. Raises OutOfPagesError, and takes none, where fewer are free."""
         if count > self.free:
             raise OutOfPagesError(f"{count} pages asked for, {self.free} of {self.capacity} free")
-        pages = [self._free.pop() if self._free else self._idle.popitem(last=False)[0] for _ in range(count)]
-        for page in pages:
-            self._holders[page] = 1
+        # As if they were popped one by one.
+        pages = self._free[: -count - 1 : -1]
+        del self._free[len(self._free) - len(pages) :]
+        while len(pages) < count:
+            page, _ = self._idle.popitem(last=False)
             self._kept[page] = False
+            pages.append(page)
+        holders = self._holders
+        for page in pages:
+            holders[page] = 1
         return pages
 
     def share(self, page: int) -> None:
@@ -67,23 +78,25 @@ class PagePool:
 
     def release(self, pages: Iterable[int]) -> None:
         """Take one holder from each page; those without any become free. Raises ValueError for a page not in use."""
+        capacity, holders, kept, idle, free = self.capacity, self._holders, self._kept, self._idle, self._free
         for page in pages:
-            if not self._in_use(page):
+            if not (0 < page <= capacity and holders[page]):
                 raise ValueError(f"page {page} is not in use and cannot be released")
-            self._holders[page] -= 1
-            if self._holders[page]:
+            holders[page] -= 1
+            if holders[page]:
                 continue
-            if self._kept[page]:
-                self._idle[page] = None
+            if kept[page]:
+                idle[page] = None
             else:
-                self._free.append(page)
+                free.append(page)
 
     def keep(self, pages: Iterable[int]) -> None:
         """Keep the content of pages in use once they are free. Raises ValueError for a page not in use."""
+        capacity, holders, kept = self.capacity, self._holders, self._kept
         for page in pages:
-            if not self._in_use(page):
+            if not (0 < page <= capacity and holders[page]):
                 raise ValueError(f"page {page} is not in use and cannot be kept")
-            self._kept[page] = True
+            kept[page] = True
 
     def drop(self, pages: Iterable[int]) -> None:
         """Take back `keep`, of pages in use. Raises ValueError for a page not in use."""

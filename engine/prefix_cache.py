@@ -63,8 +63,10 @@ class PrefixCache:
 
     def allocate(self, count: int) -> list[int]:
         """Take free pages, of which nothing is found any more. Raises OutOfPagesError."""
+        plain = self._pool.plain
         pages = self._pool.allocate(count)
-        self._forget(pages)
+        # Of the free pages those alone are published that are kept, and these come last.
+        self._forget(pages[plain:])
         return pages
 
     def enroll(self, sequence: Sequence) -> None:
@@ -76,14 +78,11 @@ class PrefixCache:
             return
         tokens = sequence.blocks[first * size : end * size].tobytes()
         length, digest = len(tokens) // (end - first), self._digest
+        contents += [tokens[start : start + length] for start in range(0, len(tokens), length)]
+        if not keys:
+            contents[0] += sequence.request.cache_salt.encode("utf-8", "surrogatepass")
         key = keys[-1] if keys else self._secret
-        for start in range(0, len(tokens), length):
-            content = tokens[start : start + length]
-            if not keys:
-                content += sequence.request.cache_salt.encode("utf-8", "surrogatepass")
-            key = digest(key + content)
-            keys.append(key)
-            contents.append(content)
+        keys += [key := digest(key + content) for content in contents[first:]]
 
     def find(self, sequence: Sequence) -> list[int]:
         """Pages of the longest published prefix of its prompt. Cheap where it asks again and little has changed."""
@@ -106,9 +105,11 @@ class PrefixCache:
 
     def take(self, sequence: Sequence, pages: list[int]) -> int:
         """Hold the pages that `find` found, for the sequence. Returns the tokens of its prompt in them."""
+        self._asked, self._found = None, []
+        if not pages:
+            return 0
         for page in pages:
             self._pool.share(page)
-        self._asked, self._found = None, []
         tokens: int = sequence.blocks[: len(pages) * self._page_size].size
         return max(tokens - sequence.padding, 0)
 
@@ -127,18 +128,17 @@ class PrefixCache:
         first, last = start // self._page_size, min(end // self._page_size, len(keys))
         page_of, publications, published = self._page_of, self._publications, self._published
         parent = pages[first - 1] if first else 0
+        # From here on it is: the loop ends at the first page that is not.
+        if parent and not publications[parent]:
+            return
         new = []
-        for index in range(first, last):
-            page, key = pages[index], keys[index]
+        for page, key, content in zip(pages[first:last], keys[first:last], contents[first:last], strict=True):
             if not publications[page]:
-                if key in page_of or (parent and not publications[parent]):
+                if page_of.setdefault(key, page) != page:
                     break
                 published += 1
                 publications[page] = published
-                page_of[key] = page
-                self._keys[page] = key
-                self._contents[page] = contents[index]
-                self._parents[page] = parent
+                self._keys[page], self._contents[page], self._parents[page] = key, content, parent
                 new.append(page)
             parent = page
         self._published = published
@@ -174,7 +174,9 @@ class PrefixCache:
             assert not parent or self._pool.holders(page) <= self._pool.holders(parent), f"{page} without {parent}"
         pending = [page for _, _, pages in self._pending for page in pages]
         assert all(self._publications[page] and self._pool.holders(page) for page in pending), "lost while pending"
-        self._check_idle(self._pool.idle)
+        idle = self._pool.idle
+        assert {page for page in published if not self._pool.holders(page)} <= set(idle), "free, published and not kept"
+        self._check_idle(idle)
 
     def _check_idle(self, idle: Iterable[int]) -> None:
         gone: set[int] = set()

@@ -4,6 +4,7 @@ A batch has thousands of rows and hardly any of them begins or ends in a step, s
 at once; `engine.scheduler` looks only at the others one by one.
 """
 
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
@@ -106,8 +107,8 @@ class RowTable:
             whole &= ~ends.any(axis=1)
         return whole
 
-    def append(self, rows: Rows, blocks: Int32, generated: int) -> None:
-        """Each of the rows knows its block of blocks [N, L], of which `generated` tokens are the answer's."""
+    def append(self, rows: Rows, blocks: Int32, generated: int | Seq[int]) -> None:
+        """Each of the rows knows its block of blocks [N, L], of which so many tokens are the answer's."""
         self.blocks[rows, self.known[rows]] = blocks
         self.known[rows] += 1
         self.generated[rows] += generated

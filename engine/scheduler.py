@@ -179,20 +179,28 @@ class Scheduler:
         others = self._commit_failures(failed) if failed else []
         if plan.prefill:
             self._cache.confirm(plan.number)
-        for chunk in plan.prefill:
-            self._land(np.array([chunk.sequence.bound_row]))
+            # One chunk of a row at most, so each is counted.
+            self._land(np.array([chunk.sequence.bound_row for chunk in plan.prefill]))
         blocks = np.asarray(tokens, np.int32).reshape(-1, self._block_length)
         good = np.asarray(finite, bool)
         whole = self._rows.takes_whole(plan.rows, blocks, good, self._eos_token_id)
-        for place in np.flatnonzero(~whole & self._rows.open[plan.rows]):
+        # Of those that go on, all at once: their places, and how many tokens each has more.
+        going_on: list[int] = []
+        gained: list[int] = []
+        for place in np.flatnonzero(~whole & self._rows.open[plan.rows]).tolist():
             sequence = plan.decode[place]
             skipped = len(sequence.forced)
             delta = self._commit_block(sequence, blocks[place], bool(good[place]), now)
+            if delta.finish_reason is None:
+                going_on.append(place)
+                gained.append(len(delta.token_ids))
             top = sequence.request.params.logprobs
             if logprobs is not None and top is not None:
                 told = logprobs.of_row(place, skipped, skipped + len(delta.token_ids), top)
                 delta = msgspec.structs.replace(delta, logprobs=told)
             others.append((sequence, delta))
+        if going_on:
+            self._rows.append(plan.rows[going_on], blocks[going_on], gained)
         rows = plan.rows
         if not whole.all():
             rows, blocks = rows[whole], blocks[whole]
@@ -279,7 +287,8 @@ class Scheduler:
             return None
         self._waiting.pop()
         self._worst_pages += worst_pages
-        sequence.take_row(self._free_rows.pop(), self._rows)
+        row = self._free_rows.pop()
+        sequence.take_row(row, self._rows)
         cached_tokens = self._cache.take(sequence, found)
         if sequence.first_scheduled is None:
             sequence.first_scheduled, sequence.cached_tokens = now, cached_tokens
@@ -287,10 +296,12 @@ class Scheduler:
         sequence.state = SequenceState.PREFILLING
         self._prefilling = sequence
         plan.bound.append(sequence)
-        self._give(plan, sequence, found)
-        self._rows.position[sequence.bound_row] = len(found) * self._page_size
         # Up to the first decode, so that a prompt that was begun never waits for a page.
-        self._give(plan, sequence, self._cache.allocate(prompt_pages - len(found)))
+        pages = found + self._cache.allocate(prompt_pages - len(found))
+        plan.page_runs.append(PageRun(row, pages))
+        sequence.pages += pages
+        self._rows.position[row] = len(found) * self._page_size
+        self._rows.page_positions[row] = prompt_pages * self._page_size
         return sequence
 
     def _plan_decodes(self, plan: StepPlan) -> None:
@@ -375,12 +386,6 @@ class Scheduler:
             cost += 1
         return cost
 
-    def _give(self, plan: StepPlan, sequence: Sequence, pages: list[int]) -> None:
-        held, row = len(sequence.pages), sequence.bound_row
-        plan.page_runs.append(PageRun(row, held, pages))
-        sequence.pages += pages
-        self._rows.page_positions[row] = len(sequence.pages) * self._page_size
-
     def _commit_block(self, sequence: Sequence, block: Int32, finite: bool, now: float) -> Delta:
         if not finite:
             return self._fail(sequence, NON_FINITE_ERROR)
@@ -388,9 +393,7 @@ class Scheduler:
         new = block.tolist()[len(sequence.forced) :]
         sequence.forced = ()
         cut = cut_answer(new, generated, sequence.request.params, sequence.stop_token_ids, self._eos_token_id)
-        if cut.finish_reason is None:
-            self._rows.append(np.array([row]), block[None], len(cut.token_ids))
-        else:
+        if cut.finish_reason is not None:
             self._rows.generated[row] += len(cut.token_ids)
             self._finish(sequence)
         return Delta(

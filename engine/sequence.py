@@ -102,7 +102,7 @@ class Sequence:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the request's prompt."""
-        return len(self.request.prompt) // self.blocks.itemsize
+        return len(self.request.prompt) // self._blocks.itemsize
 
     @property
     def blocks(self) -> Int32:
@@ -127,10 +127,12 @@ class Sequence:
         self.row, self._table = row, table
 
     def leave_row(self) -> int:
-        """Give the row back, and keep what is known by then. Returns the row."""
+        """Give the row back, and keep what is known by then: not its blocks, if it has finished. Returns the row."""
         row, table = self.bound_row, self._table
         assert table is not None
-        self._blocks, self._generated = self.blocks.copy(), self.generated
+        if self.state is not SequenceState.FINISHED:
+            self._blocks = self.blocks.copy()
+        self._generated = self.generated
         self.row, self._table, self.pages = None, None, []
         table.clear(row)
         return row

@@ -22,11 +22,9 @@ class PrefillChunk(NamedTuple):
 
 
 class PageRun(NamedTuple):
-    """New entries of one row's page table, behind one another."""
+    """The pages that a row begins with: the first entries of its page table."""
 
     row: int
-    first: int
-    """Where in the row's table the first of them is."""
     pages: list[int]
 
 
@@ -99,10 +97,10 @@ class StepPlan:
         runs = self.page_runs
         if not runs:
             return self.grown
-        heads = np.array([(run.row, run.first, len(run.pages)) for run in runs], np.int64)
-        lengths = heads[:, 2]
-        entries = heads.repeat(lengths, axis=0)
-        entries[:, 1] += np.arange(len(entries)) - (lengths.cumsum() - lengths).repeat(lengths)
+        rows, lengths = np.array([(run.row, len(run.pages)) for run in runs], np.int64).T
+        entries = np.empty((lengths.sum(), 3), np.int64)
+        entries[:, 0] = rows.repeat(lengths)
+        entries[:, 1] = np.arange(len(entries)) - (lengths.cumsum() - lengths).repeat(lengths)
         entries[:, 2] = np.fromiter(chain.from_iterable(run.pages for run in runs), np.int64, len(entries))
         return np.concatenate((self.grown, entries))
 

@@ -15,7 +15,7 @@ class WaitingQueue:
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], Sequence]] = []
+        self._heap: list[tuple[int, int, Sequence]] = []
         self._live: set[Sequence] = set()
         self._arrivals = 0
 
@@ -30,14 +30,14 @@ class WaitingQueue:
 
     def push_back(self, sequence: Sequence) -> None:
         """Put a sequence that has had its turn back where its rank belongs: ahead of all that came after it."""
-        heapq.heappush(self._heap, (sequence.rank, sequence))
+        heapq.heappush(self._heap, (*sequence.rank, sequence))
         self._live.add(sequence)
 
     def peek(self) -> Sequence | None:
         """The sequence whose turn it is."""
-        while self._heap and self._heap[0][1] not in self._live:
+        while self._heap and self._heap[0][2] not in self._live:
             heapq.heappop(self._heap)
-        return self._heap[0][1] if self._heap else None
+        return self._heap[0][2] if self._heap else None
 
     def pop(self) -> Sequence:
         """Take the sequence whose turn it is. Raises IndexError when none waits."""
@@ -56,12 +56,12 @@ class WaitingQueue:
 
     def check_integrity(self) -> None:
         """Raises AssertionError where heap and members differ, or the heap has kept too much."""
-        entries = [entry[1] for entry in self._heap]
+        entries = [entry[2] for entry in self._heap]
         assert len(set(entries)) == len(entries), "a sequence is queued twice"
         assert self._live <= set(entries), "a waiting sequence is not in the heap"
         assert len(entries) <= max(_COMPACT_ABOVE, 2 * len(self._live)), "the heap keeps sequences that are gone"
 
     def _compact_if_sparse(self) -> None:
         if len(self._heap) > max(_COMPACT_ABOVE, 2 * len(self._live)):
-            self._heap = [entry for entry in self._heap if entry[1] in self._live]
+            self._heap = [entry for entry in self._heap if entry[2] in self._live]
             heapq.heapify(self._heap)

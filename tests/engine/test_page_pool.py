@@ -64,6 +64,29 @@ def test_kept_pages_are_handed_out_last_and_in_the_order_in_which_they_became_fr
     assert pool.idle == [], "what was handed out is kept no longer"
 
 
+def test_free_pages_that_are_not_kept_are_counted_and_come_first() -> None:
+    pool = PagePool(5)
+    pool.keep(pool.allocate(3)[:2])
+    pool.release([1, 2, 3])
+    assert (pool.free, pool.plain) == (5, 3)
+    assert pool.allocate(4) == [3, 4, 5, 1]
+    assert (pool.free, pool.plain, pool.idle) == (1, 0, [2])
+    assert pool.allocate(0) == []
+    pool.check_integrity([[3, 4, 5, 1]])
+
+
+def test_one_release_takes_a_holder_each_time_it_names_a_page() -> None:
+    pool = PagePool(2)
+    pool.allocate(2)
+    pool.share(1)
+    pool.release([1, 2, 1])
+    assert pool.free == 2
+    pool.allocate(2)
+    with pytest.raises(ValueError, match="page 1 is not in use and cannot be released"):
+        pool.release([1, 1])
+    pool.check_integrity([[2]])
+
+
 def test_a_page_that_was_dropped_is_free_as_any_other() -> None:
     pool = PagePool(1)
     pool.allocate(1)

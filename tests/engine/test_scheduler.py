@@ -198,6 +198,25 @@ def test_a_forced_tail_is_neither_streamed_nor_counted_nor_a_stop() -> None:
     assert not scheduler.has_work
 
 
+def test_rows_that_begin_in_one_step_gain_their_own_tokens() -> None:
+    scheduler = make_scheduler()
+    prompts, limits = ([1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4]), (9, 9, 9, 2)
+    whole, one_forced, three_forced, ending = sequences = [
+        make_sequence(key, prompt, max_tokens=limit, alignment="forced_tail")
+        for key, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+    ]
+    scheduler.add(sequences)
+    deltas = commit_blocks(
+        scheduler, must_schedule(scheduler), [[11, 12, 13, 14], [5, 22, 23, 24], [5, 6, 7, 34], [41, 42, 43, 44]]
+    )
+    assert [delta.token_ids for delta in deltas] == [(11, 12, 13, 14), (22, 23, 24), (34,), (41, 42)]
+    assert [sequence.generated for sequence in sequences] == [4, 3, 1, 2]
+    assert tokens_of(whole) == [1, 2, 3, 4, 11, 12, 13, 14]
+    assert tokens_of(one_forced) == [1, 2, 3, 4, 5, 22, 23, 24]
+    assert tokens_of(three_forced) == [1, 2, 3, 4, 5, 6, 7, 34]
+    assert ending.row is None and deltas[3].finish_reason == "length"
+
+
 def test_a_row_with_non_finite_logits_fails_alone() -> None:
     scheduler = make_scheduler()
     scheduler.add([make_sequence(1), make_sequence(2)])
@@ -239,6 +258,19 @@ def test_aborting_a_prompt_in_flight_frees_its_row_at_the_commit() -> None:
     assert scheduler.running == 1 and not scheduler.abort(1)
     assert commit_blocks(scheduler, plan) == []
     assert scheduler.running == 0
+
+
+def test_of_the_prompts_of_one_step_those_alone_that_have_left_lose_their_rows() -> None:
+    scheduler = make_scheduler(max_step_positions=9)
+    going_on, *leaving = sequences = [make_sequence(key, 12) for key in range(3)]
+    scheduler.add(sequences)
+    plan = must_schedule(scheduler)
+    assert [chunk.sequence for chunk in plan.prefill] == sequences
+    for sequence in leaving:
+        scheduler.abort(sequence.key)
+    (delta,) = commit_blocks(scheduler, plan)
+    assert delta.request_id == going_on.key
+    assert [(sequence.row is None, sequence.in_flight) for sequence in sequences] == [(False, 0), (True, 0), (True, 0)]
 
 
 def test_a_sequence_that_is_aborted_in_flight_gains_nothing() -> None:

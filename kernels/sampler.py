@@ -182,11 +182,11 @@ def triton_sample(
     suppression = tables.suppress_until, tables.suppressed_ids
     settings = tables.temperature, tables.top_k, tables.top_p, tables.min_p, tables.seed, *suppression
     suppressed_width = tables.suppressed_ids.shape[1]
+    rows_of = logits, row_index, generated_index
     sizes = logits.stride(0), vocab_size, suppressed_width
+    shapes = {"WIDTH": power_of_2(suppressed_width), "GROUP": group}
     sample_groups[(rows * tiles,)](
-        logits,
-        row_index,
-        generated_index,
+        *rows_of,
         tables.temperature,
         tables.top_k,
         tables.top_p,
@@ -195,15 +195,12 @@ def triton_sample(
         masses,
         *sizes,
         tiles,
-        WIDTH=power_of_2(suppressed_width),
-        GROUP=group,
+        **shapes,
         TILE_G=tile_groups,
         num_warps=GROUPS_WARPS,
     )
     sample_row[(rows,)](
-        logits,
-        row_index,
-        generated_index,
+        *rows_of,
         *settings,
         maxima,
         masses,
@@ -215,8 +212,7 @@ def triton_sample(
         *sizes,
         width,
         tiles,
-        WIDTH=power_of_2(suppressed_width),
-        GROUP=group,
+        **shapes,
         GROUPS=power_of_2(width),
         TILES=power_of_2(tiles),
         TILE_V=max(group, CANDIDATES_TILE_V),
@@ -225,17 +221,14 @@ def triton_sample(
         num_warps=CANDIDATES_WARPS,
     )
     sample_vocabulary[(rows,)](
-        logits,
-        row_index,
-        generated_index,
+        *rows_of,
         *settings,
         maxima,
         tokens,
         finite,
         *sizes,
         width,
-        WIDTH=power_of_2(suppressed_width),
-        GROUP=group,
+        **shapes,
         GROUPS=power_of_2(width),
         TILE_V=max(group, min(power_of_2(vocab_size), VOCABULARY_TILE_V)),
         num_warps=VOCABULARY_WARPS,

@@ -217,8 +217,7 @@ def sample_row(
     """One row: its token, or UNDECIDED if it samples and its candidates are unknown, too many or not enough."""
     entry = tl.program_id(0).to(tl.int64)
     row = tl.load(row_index + entry).to(tl.int64)
-    place = tl.load(generated_index + entry)
-    temperature = tl.load(temperatures + row)
+    place, temperature = tl.load(generated_index + entry), tl.load(temperatures + row)
     line, ids = logits + entry * stride, suppressed_ids + row * suppressed_width
     suppressed = count_suppressed(ids, suppressed_width, place, tl.load(suppress_until + row), WIDTH)
     groups = tl.arange(0, GROUPS)

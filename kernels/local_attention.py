@@ -14,11 +14,11 @@ from kernels.late_norm import LateNorm, late_factor, load_normalised, normalise_
 from kernels.prefill_attention import attend_causal
 from kernels.rotary import load_rotated, rotary_scratch_write
 
-TILE_NUMBERS = 1024
+TILE_NUMBERS = 512
 """Numbers of queries, and as many of keys and of values, that one program holds at a time."""
 GELU_NUMBERS = 1024
 """Numbers that one program takes the GELU of."""
-NUM_WARPS = 4
+NUM_WARPS = 2
 
 
 def local_attention_and_gelu(

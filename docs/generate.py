@@ -20,7 +20,8 @@ from server.settings import ENVIRONMENT_PREFIX, GROUPS, ServeSettings, flag_name
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "engine.jsonl"
-SIZING_DEVICE = "NVIDIA H100 80GB HBM3"
+SIZING_DEVICES = ("NVIDIA H200", "NVIDIA H100 80GB HBM3")
+"""A model's figures are those of the first on which every workload was measured."""
 SIZING_BYTES = 10 << 30
 ALERTS = DOCS.parent / "docker" / "prometheus" / "alerts.yml"
 PART = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -84,23 +85,21 @@ def alerts() -> str:
 
 def sizing() -> str:
     """KV memory of the benchmarks' models, and what their engines did, by the last measurement of each."""
-    measured: dict[tuple[str, str], dict[str, Any]] = {}
+    measured: dict[tuple[str, str, str], dict[str, Any]] = {}
     for line in RESULTS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        greedy = row.get("sampling", "greedy") == "greedy"
-        if row["device"] == SIZING_DEVICE and row["dtype"] == "bfloat16" and greedy:
-            measured[row["model"], row["workload"]] = row
+        if row["dtype"] == "bfloat16" and row.get("sampling", "greedy") == "greedy":
+            measured[row["device"], row["model"], row["workload"]] = row
     rows = []
     for name, model in MODELS.items():
         decoder, block = model.config.block_decoder, model.config.block_length
         position = 2 * decoder.num_layers * decoder.hidden_size * 2
-        cells = [f"{position // block:,}", f"{SIZING_BYTES * block // position:,}"]
-        for workload in WORKLOADS:
-            row = measured.get((name, workload))
-            cells.append("not measured" if row is None else f"{row['tok_s']:,.0f} ({row['rows']} rows)")
-        rows.append((name, *cells))
+        device = next(each for each in SIZING_DEVICES if all((each, name, of) in measured for of in WORKLOADS))
+        results = [measured[device, name, workload] for workload in WORKLOADS]
+        cells = [f"{row['tok_s']:,.0f} ({row['rows']} rows)" for row in results]
+        rows.append((name, f"{position // block:,}", f"{SIZING_BYTES * block // position:,}", device, *cells))
     lengths = [f"{each.name}: tok/s, {each.prompt_tokens} + {each.answer_tokens}" for each in WORKLOADS.values()]
-    return _table(("model", "KV bytes a token", "KV tokens in 10 GiB", *lengths), rows)
+    return _table(("model", "KV bytes a token", "KV tokens in 10 GiB", "GPU", *lengths), rows)
 
 
 PARTS: dict[str, Callable[[], str]] = {

@@ -14,11 +14,12 @@ from kernels.late_norm import LateNorm, late_factor, load_normalised, normalise_
 from kernels.prefill_attention import attend_causal
 from kernels.rotary import load_rotated, rotary_scratch_write
 
-TILE_NUMBERS = 512
-"""Numbers of queries, and as many of keys and of values, that one program holds at a time."""
+TILE_NUMBERS, NUM_WARPS = 512, 2
+"""Numbers of queries, and as many of keys and of values, that one program holds at a time, and its warps."""
+LATE_TILE_NUMBERS, LATE_NUM_WARPS = 1024, 4
+"""Where each program has a norm to find first, for which it reads a whole position."""
 GELU_NUMBERS = 1024
 """Numbers that one program takes the GELU of."""
-NUM_WARPS = 2
 
 
 def local_attention_and_gelu(
@@ -233,7 +234,8 @@ def triton_local_attention_and_gelu(
     assert into.stride(2) == inner.stride(2) == 1
     gelu_width = inner.shape[2] - heads * head_size
     assert into.shape[2] - 3 * heads * head_size == gelu_width
-    tile_n = min(power_of_2(rows * heads if norm is None else heads), max(1, TILE_NUMBERS // head_size))
+    tile_numbers, num_warps = (TILE_NUMBERS, NUM_WARPS) if norm is None else (LATE_TILE_NUMBERS, LATE_NUM_WARPS)
+    tile_n = min(power_of_2(rows * heads if norm is None else heads), max(1, tile_numbers // head_size))
     row_pairs = heads if norm is None else cdiv(heads, tile_n) * tile_n
     tile_f = min(power_of_2(max(gelu_width, 1)), GELU_NUMBERS)
     programs = length * (cdiv(rows * row_pairs, tile_n) + rows * cdiv(gelu_width, tile_f))
@@ -265,7 +267,7 @@ def triton_local_attention_and_gelu(
         TILE_F=tile_f,
         TILE_H=power_of_2(norm.x.shape[1]) if norm else 1,
         LATE=norm is not None,
-        num_warps=NUM_WARPS,
+        num_warps=num_warps,
     )
 
 

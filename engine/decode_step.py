@@ -92,7 +92,8 @@ class _Block:
         self._row_index = row_index
         self._forced_tokens = tables.forced_tokens[index]
         self._forced = tables.places < self.forced_length
-        self._generated_index = generated + (tables.places - self.forced_length).clamp_(min=0)
+        # Of places that are forced it means nothing.
+        self._generated_index = tables.places + (generated - self.forced_length)
         self._finite: list[Tensor] = []
         self._wanted = tables.adjustments.wanted[index] if adjusted else None
         self._written = row_index.new_empty(len(row_index), 0)

@@ -24,6 +24,7 @@ from engine.scheduler import NON_FINITE_ERROR, OUT_OF_MEMORY_ERROR
 from engine.types import Delta, GenerationRequest, InvalidRequestError, SamplingParams, pack_tokens
 from engine.weights import random_weights
 from kernels.dispatch import Kernels, select_kernels, torch_kernels
+from kernels.sampler import SamplingTables
 from tests.engine.helpers import MAX_POSITIONS, GoldenModel, golden_tensors
 
 MODEL = GoldenModel("lookup_prefix2")
@@ -177,6 +178,31 @@ def test_a_request_that_makes_nan_fails_alone(overlapped: bool, place: int) -> N
     for item in bad:
         check_failed(answered[item.request_id], NON_FINITE_ERROR)
     check_exact(answered, good)
+
+
+def test_logits_that_a_forced_token_makes_nothing_of_fail_nobody() -> None:
+    """`sample` is told a negative place where a token is forced: there it says that the logits are not finite."""
+    whole = torch_kernels()
+
+    def sample(
+        logits: Tensor, row_index: Tensor, generated_index: Tensor, tables: SamplingTables
+    ) -> tuple[Tensor, Tensor]:
+        tokens, finite = whole.sample(logits, row_index, generated_index, tables)
+        return tokens, finite & (generated_index >= 0)
+
+    model = GoldenModel("lookup_prefix2", alignment="forced_tail")
+    core = model.core(kernels=dataclasses.replace(whole, sample=sample), max_rows=4)
+    requests = [
+        GenerationRequest.of(
+            request_id=tail,
+            prompt_token_ids=tuple(range(9, 9 + 2 * BLOCK_LENGTH + tail)),
+            params=SamplingParams(max_tokens=9, temperature=0, seed=0, ignore_eos=True),
+        )
+        for tail in range(BLOCK_LENGTH)
+    ]
+    answered = run(core, requests)
+    for item in requests:
+        assert tokens_of(answered[item.request_id]) == model.oracle(item).token_ids
 
 
 @overlapped_or_not

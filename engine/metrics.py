@@ -102,6 +102,13 @@ METRICS: dict[str, Metric] = {
         _metric("generation_tokens_total", "counter", "Tokens generated and handed on."),
         _metric("http_requests_total", "counter", "HTTP requests answered.", ("handler", "method", "status")),
         _metric(
+            "event_loop_lag_seconds",
+            "histogram",
+            "How much later than it was due an API process got round to something, looked at four times a second.",
+            ("api",),
+            SECONDS_BUCKETS,
+        ),
+        _metric(
             "time_to_first_token_seconds",
             "histogram",
             "From a request's arrival to its first tokens.",

@@ -10,6 +10,7 @@ import logging
 import resource
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -127,10 +128,12 @@ def allow_connections() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-async def flush_for_ever(recorder: MetricsRecorder) -> None:
-    """Send what was counted, four times a second at most."""
+async def flush_for_ever(recorder: MetricsRecorder, index: int) -> None:
+    """Send what was counted, every FLUSH_S, and how late that is: as late as all else that this process has to do."""
     while True:
+        due = time.monotonic() + FLUSH_S
         await asyncio.sleep(FLUSH_S)
+        recorder.observe("event_loop_lag_seconds", max(0.0, time.monotonic() - due), (str(index),))
         recorder.flush()
 
 
@@ -164,7 +167,7 @@ async def run(config: ApiProcessConfig) -> int:
 
     link.on_state = on_state
     engine.start()
-    flusher = asyncio.create_task(flush_for_ever(recorder))
+    flusher = asyncio.create_task(flush_for_ever(recorder, config.index))
     try:
         await serve_app(create_app(state), socket.socket(fileno=config.listen_fd), link, engine)
     finally:

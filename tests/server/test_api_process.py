@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from engine.messages import (
 from engine.metrics import MetricsRecorder
 from engine.process_config import ApiProcessConfig, LogConfig, write_process_config
 from engine.socket_client import SocketEngineClient
-from server.api_process import serve_app
+from server.api_process import flush_for_ever, serve_app
 from server.children import ChildProcess, ChildSpec, module_command
 from server.control import SupervisorLink
 from server.control_server import ControlLink, ControlServer
@@ -292,3 +293,18 @@ def test_a_turn_of_the_event_loop_takes_up_many_connections() -> None:
         for _ in range(100):
             stack.enter_context(socket.create_connection(listener.getsockname()))
         assert uvloop.run(turns_until_answered(listener)) < 50
+
+
+async def test_a_busy_event_loop_is_seen_in_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.api_process.FLUSH_S", 0.01)
+    sent: list[MetricsIncrement] = []
+    flushing = asyncio.create_task(flush_for_ever(MetricsRecorder(sent.append), 3))
+    await until(lambda: len(sent) > 1)
+    sent.clear()
+    # As work that does not give way.
+    time.sleep(0.4)
+    await until(lambda: bool(sent))
+    flushing.cancel()
+    ((name, labels, _counts, lag),) = sent[0].histograms
+    assert (name, labels) == ("event_loop_lag_seconds", ("3",))
+    assert 0.3 < lag < 4

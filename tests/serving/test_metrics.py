@@ -64,6 +64,7 @@ def counted(server: ServerProcess) -> dict[str, float]:
     for (name, labels), value in server.metrics().items():
         short = name.removeprefix("blockserve_")
         times = short.endswith(("_bucket", "_created")) or ("_seconds" in short and short.endswith("_sum"))
+        times = times or short.startswith("event_loop_lag_")
         if times or not short.endswith(("_total", "_count", "_sum")) or _is_probe(labels):
             continue
         shown = ",".join(f"{label}={text}" for label, text in labels)

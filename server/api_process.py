@@ -11,7 +11,6 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -29,14 +28,11 @@ from engine.tokenizer import Tokenizer, TokenizerError
 from server.app import create_app
 from server.app_state import AppState
 from server.control import SupervisorLink
-from server.http_protocol import ClientProtocol
+from server.http_server import HttpServer
 from server.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 
-ACCEPTS_A_TURN = 64
-"""Connections that one turn of the event loop takes up. It takes one of each listening socket, and turns are long where
-a thousand streams are fed: a probe would wait behind all who connected before it."""
 FLUSH_S = 0.25
 KEEP_ALIVE_S = 75
 """Longer than clients and proxies keep idle connections, so that they close them and no request meets a closing one."""
@@ -71,30 +67,11 @@ class OpenRequests:
         return not self._open
 
 
-class HttpServer(uvicorn.Server):
-    """uvicorn, but signals are the supervisor's business, and it says when it accepts connections."""
-
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_started = on_started
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave the signals alone."""
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to accept connections."""
-        await super().startup(sockets)
-        self._on_started()
-
-
 async def serve_app(app: ASGIApp, listener: socket.socket, link: SupervisorLink, engine: SocketEngineClient) -> None:
     """Serve until the supervisor says Shutdown; then finish what is open, or cut it off at the deadline."""
     requests = OpenRequests(app)
     config = uvicorn.Config(
         requests,
-        http=ClientProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -103,7 +80,7 @@ async def serve_app(app: ASGIApp, listener: socket.socket, link: SupervisorLink,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CUT_OFF_S,
     )
-    server = HttpServer(config, on_started=lambda: link.send(ChildReady()))
+    server = HttpServer(config, listener, on_started=lambda: link.send(ChildReady()))
 
     async def drain() -> None:
         deadline_s = await link.shutdown
@@ -115,7 +92,7 @@ async def serve_app(app: ASGIApp, listener: socket.socket, link: SupervisorLink,
 
     drainer = asyncio.create_task(drain())
     try:
-        await server.serve([listener, *(listener.dup() for _ in range(ACCEPTS_A_TURN - 1))])
+        await server.serve([])
     finally:
         drainer.cancel()
         with contextlib.suppress(asyncio.CancelledError):

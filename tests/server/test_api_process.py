@@ -8,14 +8,12 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvloop
-from starlette.responses import PlainTextResponse
 
 from engine.control import EXIT_ORPHANED
 from engine.messages import (
@@ -30,10 +28,8 @@ from engine.messages import (
 )
 from engine.metrics import MetricsRecorder
 from engine.process_config import ApiProcessConfig, LogConfig, write_process_config
-from engine.socket_client import SocketEngineClient
-from server.api_process import flush_for_ever, serve_app
+from server.api_process import flush_for_ever
 from server.children import ChildProcess, ChildSpec, module_command
-from server.control import SupervisorLink
 from server.control_server import ControlLink, ControlServer
 from server.metrics_registry import MetricStore
 from server.settings import ServeSettings
@@ -258,41 +254,6 @@ async def test_without_a_tokenizer_it_says_why_it_cannot_start(api: Api, spoil: 
     (failed,) = api.supervisor.heard
     assert isinstance(failed, ChildFailed)
     assert "tokenizer.json" in failed.message
-
-
-def test_a_turn_of_the_event_loop_takes_up_many_connections() -> None:
-    """A probe is not answered a turn later for each client that connected before it: turns can be long."""
-
-    async def turns_until_answered(listener: socket.socket) -> int:
-        ours, theirs = socket.socketpair()
-        link = SupervisorLink(*await asyncio.open_connection(sock=theirs), on_end=lambda: None)
-        engine = SocketEngineClient([], MetricsRecorder(lambda _: None))
-        turns = 0
-
-        async def count() -> None:
-            nonlocal turns
-            while True:
-                turns += 1
-                await asyncio.sleep(0)
-
-        counting = asyncio.create_task(count())
-        serving = asyncio.create_task(serve_app(PlainTextResponse("here"), listener, link, engine))
-        reader, writer = await asyncio.open_connection(*listener.getsockname())
-        writer.write(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
-        assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
-        taken = turns
-        writer.close()
-        link.shutdown.set_result(0)
-        await serving
-        counting.cancel()
-        await link.close()
-        ours.close()
-        return taken
-
-    with bind_port("127.0.0.1", 0) as listener, ExitStack() as stack:
-        for _ in range(100):
-            stack.enter_context(socket.create_connection(listener.getsockname()))
-        assert uvloop.run(turns_until_answered(listener)) < 50
 
 
 async def test_a_busy_event_loop_is_seen_in_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:

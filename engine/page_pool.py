@@ -79,6 +79,7 @@ class PagePool:
     def release(self, pages: Iterable[int]) -> None:
         """Take one holder from each page; those without any become free. Raises ValueError for a page not in use."""
         capacity, holders, kept, idle, free = self.capacity, self._holders, self._kept, self._idle, self._free
+        # `_in_use` is spelled out here and in `_mark`: of 4000 pages a step the calls would be a third of the time.
         for page in pages:
             if not (0 < page <= capacity and holders[page]):
                 raise ValueError(f"page {page} is not in use and cannot be released")
@@ -92,18 +93,11 @@ class PagePool:
 
     def keep(self, pages: Iterable[int]) -> None:
         """Keep the content of pages in use once they are free. Raises ValueError for a page not in use."""
-        capacity, holders, kept = self.capacity, self._holders, self._kept
-        for page in pages:
-            if not (0 < page <= capacity and holders[page]):
-                raise ValueError(f"page {page} is not in use and cannot be kept")
-            kept[page] = True
+        self._mark(pages, kept=True)
 
     def drop(self, pages: Iterable[int]) -> None:
         """Take back `keep`, of pages in use. Raises ValueError for a page not in use."""
-        for page in pages:
-            if not self._in_use(page):
-                raise ValueError(f"page {page} is not in use and cannot be dropped")
-            self._kept[page] = False
+        self._mark(pages, kept=False)
 
     def holders(self, page: int) -> int:
         """How many hold a page."""
@@ -126,6 +120,13 @@ class PagePool:
         assert free == expected, f"free pages are {sorted(free)} and should be {sorted(expected)}"
         assert all(self._kept[page] for page in self._idle), "a page is free as one to be kept, which it is not"
         assert not any(self._kept[page] for page in self._free), "a page that is to be kept is free as any other"
+
+    def _mark(self, pages: Iterable[int], *, kept: bool) -> None:
+        capacity, holders, marks = self.capacity, self._holders, self._kept
+        for page in pages:
+            if not (0 < page <= capacity and holders[page]):
+                raise ValueError(f"page {page} is not in use and cannot be {'kept' if kept else 'dropped'}")
+            marks[page] = kept
 
     def _in_use(self, page: int) -> bool:
         return 0 < page <= self.capacity and self._holders[page] > 0
